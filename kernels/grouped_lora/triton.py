@@ -1,0 +1,178 @@
+"""Grouped LoRA on a GPU: two launches per site, shrink into fp32 planes and expand into y.
+
+A program serves one tile of `RowGroups.tiles`, so no program runs for a slot without rows. Loops end at the true rank.
+The shrink splits its sum over programs (split-K) when tiles are few; each split writes a plane of its own, and expand
+adds the planes in a fixed order: no atomics, no zero-fill, the same result on every run.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from weft.kernels.groups import RowGroups
+
+from .pages import RankPages
+
+# Enough programs to occupy the largest devices (132 to 304 multiprocessors); more splits only add planes to read.
+TARGET_PROGRAMS = 256
+MIN_SPLIT = 256
+
+
+@triton.jit
+def shrink_kernel(
+    x,
+    a,
+    pages,
+    ranks,
+    order,
+    tiles,
+    planes,
+    width,
+    split_width,
+    num_adapted,
+    max_rank,
+    x_stride,
+    pages_stride,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """planes[split, i, :rank] = A[slot] x[order[i]] over one split of the columns, for the rows i of one tile."""
+    slot = tl.load(tiles + 3 * tl.program_id(0))
+    start = tl.load(tiles + 3 * tl.program_id(0) + 1)
+    length = tl.load(tiles + 3 * tl.program_id(0) + 2)
+    rank = tl.load(ranks + slot)
+    split = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    live = m < length
+    row = tl.load(order + start + m, mask=live, other=0).to(tl.int64)
+    k_from = split * split_width
+    k_to = tl.minimum(k_from + split_width, width)
+    out_row = (split * num_adapted + start + m).to(tl.int64) * max_rank
+    for r_from in range(0, rank, BLOCK_R):
+        r = r_from + tl.arange(0, BLOCK_R)
+        ranked = r < rank
+        page = tl.load(pages + slot * pages_stride + r // PAGE, mask=ranked, other=0).to(tl.int64)
+        a_row = (page * PAGE + r % PAGE) * width
+        acc = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
+        for k_at in range(k_from, k_to, BLOCK_K):
+            k = k_at + tl.arange(0, BLOCK_K)
+            inside = k < k_to
+            x_block = tl.load(x + row[:, None] * x_stride + k[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+            a_block = tl.load(a + a_row[None, :] + k[:, None], mask=ranked[None, :] & inside[:, None], other=0.0)
+            acc = tl.dot(x_block, a_block, acc, input_precision="ieee")
+        tl.store(planes + out_row[:, None] + r[None, :], acc, mask=live[:, None] & ranked[None, :])
+
+
+@triton.jit
+def expand_kernel(
+    y,
+    b,
+    pages,
+    ranks,
+    order,
+    tiles,
+    planes,
+    width,
+    num_splits,
+    num_adapted,
+    max_rank,
+    y_stride,
+    pages_stride,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y[order[i], n] += (sum over splits of planes[split, i]) . B[slot][:, n], for a tile of rows and of columns."""
+    slot = tl.load(tiles + 3 * tl.program_id(0))
+    start = tl.load(tiles + 3 * tl.program_id(0) + 1)
+    length = tl.load(tiles + 3 * tl.program_id(0) + 2)
+    rank = tl.load(ranks + slot)
+    if rank == 0:  # y + 0 would turn -0.0 into 0.0
+        return
+    m = tl.arange(0, BLOCK_M)
+    live = m < length
+    row = tl.load(order + start + m, mask=live, other=0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < width
+    acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for r_from in range(0, rank, BLOCK_R):
+        r = r_from + tl.arange(0, BLOCK_R)
+        ranked = r < rank
+        h = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
+        for split in range(0, num_splits):
+            h_row = (split * num_adapted + start + m).to(tl.int64) * max_rank
+            h += tl.load(planes + h_row[:, None] + r[None, :], mask=live[:, None] & ranked[None, :], other=0.0)
+        page = tl.load(pages + slot * pages_stride + r // PAGE, mask=ranked, other=0).to(tl.int64)
+        b_row = (page * PAGE + r % PAGE) * width
+        b_block = tl.load(b + b_row[:, None] + n[None, :], mask=ranked[:, None] & inside[None, :], other=0.0)
+        acc = tl.dot(h.to(b_block.dtype), b_block, acc, input_precision="ieee")
+    at = y + row[:, None] * y_stride + n[None, :]
+    touched = live[:, None] & inside[None, :]
+    tl.store(at, (tl.load(at, mask=touched, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=touched)
+
+
+def grouped_lora(y: Tensor, x: Tensor, weights: RankPages, groups: RowGroups) -> None:
+    """See `weft.kernels.grouped_lora.grouped_lora`."""
+    if not groups.active or weights.max_rank == 0:
+        return
+    shrink = shrink_config(x.dtype, weights.page_size, weights.max_rank, groups.block_rows)
+    expand = expand_config(x.dtype, weights.page_size, weights.max_rank, groups.block_rows)
+    (width_in, width_out), rows = (x.shape[1], y.shape[1]), groups.num_adapted
+    split_width = _split_width(width_in, groups.num_tiles, shrink["BLOCK_K"])
+    splits = triton.cdiv(width_in, split_width)
+    planes = torch.empty(splits, rows, weights.max_rank, dtype=torch.float32, device=x.device)
+    shared = (weights.ranks, groups.order, groups.tiles, planes)
+    shrink_kernel[(groups.num_tiles, splits)](
+        x,
+        weights.a_pool,
+        weights.a_pages,
+        *shared,
+        width_in,
+        split_width,
+        rows,
+        weights.max_rank,
+        x.stride(0),
+        weights.a_pages.stride(0),
+        **shrink,
+    )
+    expand_kernel[(groups.num_tiles, triton.cdiv(width_out, expand["BLOCK_N"]))](
+        y,
+        weights.b_pool,
+        weights.b_pages,
+        *shared,
+        width_out,
+        splits,
+        rows,
+        weights.max_rank,
+        y.stride(0),
+        weights.b_pages.stride(0),
+        **expand,
+    )
+
+
+def shrink_config(dtype: torch.dtype, page: int, max_rank: int, block_rows: int) -> dict[str, Any]:
+    """Block sizes and launch options of the shrink."""
+    return _config(page, max_rank, block_rows) | {"BLOCK_K": 256 // dtype.itemsize, "num_warps": 4, "num_stages": 3}
+
+
+def expand_config(dtype: torch.dtype, page: int, max_rank: int, block_rows: int) -> dict[str, Any]:
+    """Block sizes and launch options of the expand."""
+    return _config(page, max_rank, block_rows) | {"BLOCK_N": 256 // dtype.itemsize, "num_warps": 4, "num_stages": 2}
+
+
+def _config(page: int, max_rank: int, block_rows: int) -> dict[str, Any]:
+    # Rows stay at 16 or 32 a tile: at 64 the products become wgmma, whose pipelined form with an operand in registers
+    # is miscompiled by ptxas before 13.3.
+    return {"PAGE": page, "BLOCK_M": block_rows, "BLOCK_R": min(64, max(16, triton.next_power_of_2(max_rank)))}
+
+
+def _split_width(width: int, tiles: int, block: int) -> int:
+    """Columns of x that one program sums: a multiple of `block`, no split empty."""
+    splits = min(triton.cdiv(TARGET_PROGRAMS, tiles), triton.cdiv(width, MIN_SPLIT))
+    return int(triton.cdiv(triton.cdiv(width, splits), block) * block)
