@@ -1,0 +1,119 @@
+"""Reads an adapter's folder: a config and its tensors, every field and every tensor of which is accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from weft.adapters.config_fields import ConfigFields, parse_config, show
+from weft.adapters.errors import AdapterFormatError, AdapterMismatch
+from weft.adapters.files import CONFIG, FILES, WEIGHTS, open_regular, present
+
+MAX_TENSORS = 1 << 16
+MAX_HEADER_BYTES = 32 << 20
+DTYPES = ("F32", "F16", "BF16")
+
+
+class Tensors:
+    """The tensors of a safetensors file, by name; remembers which were taken."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises AdapterFormatError if the file cannot be read, or a tensor is empty, a scalar or not floating."""
+        try:
+            self._file = safe_open(path, framework="pt")
+            names = list(self._file.keys())  # type: ignore[no-untyped-call]
+        except (SafetensorError, OSError, ValueError) as error:
+            raise AdapterFormatError(f"{WEIGHTS} cannot be read: {show(str(error))}", param=WEIGHTS) from error
+        if len(names) > MAX_TENSORS:
+            raise AdapterFormatError(f"{WEIGHTS} holds {len(names)} tensors; the limit is {MAX_TENSORS}", param=WEIGHTS)
+        self.shapes = {name: self._check_header(name) for name in names}
+        self._left = dict.fromkeys(names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """The tensors that were not taken, in the file's order."""
+        return tuple(self._left)
+
+    def take(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """The tensor in its own dtype, on the CPU. It may share the file's memory: copy what is kept.
+
+        Raises:
+            AdapterMismatch: there is no such tensor, or its shape is not ``shape``.
+            AdapterFormatError: it holds NaN or infinity.
+        """
+        if name not in self.shapes:
+            raise AdapterMismatch(f"the tensor {show(name)} is missing", param=name[:200])
+        if shape is not None and self.shapes[name] != shape:
+            raise AdapterMismatch(
+                f"{show(name)} has shape {list(self.shapes[name])}, but the config and the base need {list(shape)}",
+                param=name[:200],
+            )
+        self._left.pop(name, None)
+        tensor: torch.Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
+        if not is_finite(tensor):
+            raise AdapterFormatError(f"{show(name)} holds NaN or infinity", param=name[:200])
+        return tensor
+
+    def finish(self) -> None:
+        """Raise AdapterMismatch if a tensor was not taken."""
+        if self._left:
+            names = ", ".join(show(name) for name in self.left[:3])
+            raise AdapterMismatch(f"{len(self._left)} tensors have no place: {names}", param=self.left[0][:200])
+
+    def _check_header(self, name: str) -> tuple[int, ...]:
+        header = self._file.get_slice(name)  # type: ignore[no-untyped-call]
+        dtype, shape = header.get_dtype(), tuple(header.get_shape())
+        if dtype not in DTYPES:
+            raise AdapterFormatError(
+                f"{show(name)} has dtype {dtype}; weights are float32, float16 or bfloat16", param=name[:200]
+            )
+        if not shape or 0 in shape:
+            raise AdapterFormatError(f"{show(name)} has shape {list(shape)}: nothing in it", param=name[:200])
+        return shape
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is. The extremes are NaN if any value is, and take a tenth of the time of ``isfinite``."""
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An adapter's config and tensors, each remembering what was used."""
+
+    config: ConfigFields
+    tensors: Tensors
+
+    def finish(self) -> None:
+        """Every field and every tensor must have been used by now.
+
+        Raises:
+            AdapterUnsupported: a config field was not.
+            AdapterMismatch: a tensor was not.
+        """
+        self.config.finish()
+        self.tensors.finish()
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Open the adapter in ``folder``. The weights are mapped, not read: keep the file unchanged while in use (the store
+    does).
+
+    Raises:
+        AdapterFormatError: a file is missing, not a regular file, malformed, or the weights are a pickle.
+        AdapterTooLarge: a file is beyond its limit.
+    """
+    present(folder)
+    with open_regular(folder, CONFIG) as file:
+        config = parse_config(file.read(FILES[CONFIG]))
+    with open_regular(folder, WEIGHTS) as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise AdapterFormatError(f"{WEIGHTS} has a header of {header_bytes} bytes", param=WEIGHTS)
+    return Checkpoint(config, Tensors(folder / WEIGHTS))

@@ -1,0 +1,52 @@
+"""What can be wrong with an adapter.
+
+AdapterError                 base of the tree; carries the field or tensor it is about
+├── AdapterFormatError       the files cannot be read as an adapter: missing, truncated, malformed, a pickle
+├── AdapterUnsupported       well-formed, but weft cannot serve it exactly; names the option that prevents it
+├── AdapterMismatch          does not fit the base model: unknown module, wrong shape, missing or extra tensor
+├── AdapterSourceError       the source cannot be resolved or is not allowed
+└── AdapterTooLarge          does not fit into the memory set aside for adapters
+"""
+
+from __future__ import annotations
+
+
+class AdapterError(Exception):
+    """An adapter that cannot be served. ``param`` names the config field, tensor or argument at fault."""
+
+    code = "adapter_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class AdapterFormatError(AdapterError):
+    """The files are not a readable adapter."""
+
+    code = "adapter_format"
+
+
+class AdapterUnsupported(AdapterError):
+    """The adapter uses something that cannot be served exactly."""
+
+    code = "adapter_unsupported"
+
+
+class AdapterMismatch(AdapterError):
+    """The adapter does not fit the base model."""
+
+    code = "adapter_mismatch"
+
+
+class AdapterSourceError(AdapterError):
+    """The source of an adapter cannot be resolved, or must not be read."""
+
+    code = "adapter_source"
+
+
+class AdapterTooLarge(AdapterError):
+    """The adapter does not fit into the memory set aside for adapters."""
+
+    code = "adapter_too_large"

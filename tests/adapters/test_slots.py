@@ -1,0 +1,141 @@
+"""Slots and their pages under any order of loads and unloads, and what the tables then say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from weft.adapters.base import Base, Site
+from weft.adapters.errors import AdapterTooLarge
+from weft.adapters.forms import CompiledAdapter, LowRank, SiteForms
+from weft.adapters.slots import RANK_PAGE, Layout, Placement, SlotPool
+from weft.kernels.grouped_lora.pages import rank_rows
+
+WIDTHS = {"a.q": (12, 20), "a.k": (12, 8), "b.q": (12, 20), "b.o": (20, 12)}
+BASE = Base(
+    "test",
+    2,
+    {path: Site(path, "linear", w_in, w_out, False) for path, (w_in, w_out) in WIDTHS.items()},
+    tuple(WIDTHS),
+    torch.float32,
+)
+PAGE_BYTES = sum(sum(widths) for widths in WIDTHS.values()) * RANK_PAGE * 4
+
+
+def make_adapter(ranks: dict[str, int], biases: frozenset[str] = frozenset()) -> CompiledAdapter:
+    """Random tensors of these ranks at these sites."""
+    sites = {}
+    for path in ranks.keys() | biases:
+        w_in, w_out = WIDTHS[path]
+        rank = ranks.get(path, 0)
+        low_rank = LowRank(torch.randn(rank, w_in), torch.randn(w_out, rank)) if rank else None
+        sites[path] = SiteForms(low_rank, torch.randn(w_out) if path in biases else None)
+    return CompiledAdapter("v", "LORA", sites)
+
+
+def make_pool(num_slots: int = 3, pages: int = 4) -> SlotPool:
+    cpu = torch.device("cpu")
+    return SlotPool(BASE, num_slots=num_slots, memory=pages * PAGE_BYTES, dtype=torch.float32, device=cpu)
+
+
+class SlotPoolMachine(RuleBasedStateMachine):
+    """Adapters of ragged ranks come and go; every published one reads back as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = make_pool()
+        self.placed: list[tuple[Placement, CompiledAdapter]] = []
+
+    @rule(
+        ranks=st.dictionaries(st.sampled_from(sorted(WIDTHS)), st.integers(1, 30), max_size=4),
+        biases=st.frozensets(st.sampled_from(sorted(WIDTHS)), max_size=2),
+    )
+    def load(self, ranks: dict[str, int], biases: frozenset[str]) -> None:
+        adapter = make_adapter(ranks, biases)
+        placement = self.pool.reserve(Layout.of(adapter))
+        if placement is not None:
+            self.pool.upload(placement, adapter)
+            self.pool.publish(placement, adapter)
+            self.placed.append((placement, adapter))
+
+    @precondition(lambda self: self.placed)
+    @rule(data=st.data())
+    def unload(self, data: st.DataObject) -> None:
+        placement, _ = self.placed.pop(data.draw(st.integers(0, len(self.placed) - 1)))
+        self.pool.free(placement)
+
+    @invariant()
+    def tables_say_what_was_loaded(self) -> None:
+        self.pool.check_integrity()
+        here = {placement.slot: adapter for placement, adapter in self.placed}
+        for path in WIDTHS:
+            pages = self.pool.pages(path)
+            bias = self.pool.bias(path)
+            for slot in range(self.pool.num_slots):
+                forms = here[slot].sites.get(path, SiteForms()) if slot in here else SiteForms()
+                rank = forms.low_rank.rank if forms.low_rank else 0
+                assert self.pool.ranks(path)[slot] == int(pages.ranks[slot]) == rank <= pages.max_rank
+                if forms.low_rank:
+                    assert rank_rows(pages.a_pool, pages.a_pages[slot], rank).equal(forms.low_rank.a)
+                    assert rank_rows(pages.b_pool, pages.b_pages[slot], rank).equal(forms.low_rank.b.T)
+                there = torch.zeros(WIDTHS[path][1]) if bias is None else bias[slot]
+                assert there.equal(torch.zeros_like(there) if forms.bias is None else forms.bias)
+
+
+SlotPoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestSlotPool = SlotPoolMachine.TestCase
+
+
+def test_a_small_rank_beside_a_large_one_costs_its_own_pages() -> None:
+    pool = make_pool(pages=40)
+    small = pool.reserve(Layout.of(make_adapter({"a.q": 8})))
+    used = pool.nbytes_used
+    pool.reserve(Layout.of(make_adapter({"a.q": 128})))
+    assert small is not None
+    assert used == (12 + 20) * 8 * 4
+    assert pool.nbytes_used == 17 * used
+
+
+def test_sites_an_adapter_does_not_touch_cost_nothing() -> None:
+    pool = make_pool()
+    pool.reserve(Layout.of(make_adapter({"a.k": 8})))
+    assert pool.nbytes_used == (12 + 8) * 8 * 4
+
+
+def test_no_room_is_none_and_takes_nothing() -> None:
+    pool = make_pool(num_slots=1)
+    first = pool.reserve(Layout.of(make_adapter({"a.q": 1})))
+    used = pool.nbytes_used
+    assert first is not None
+    assert pool.reserve(Layout.of(make_adapter({"b.o": 1}))) is None
+    assert pool.nbytes_used == used
+    pool.free(first)
+    pool.check_integrity()
+    assert pool.nbytes_used == 0
+
+
+def test_an_adapter_that_never_fits_is_refused_by_the_setting_to_raise() -> None:
+    pool = make_pool(pages=1)
+    with pytest.raises(AdapterTooLarge, match="adapter-memory"):
+        pool.check_fits(Layout.of(make_adapter({"a.k": 800})))
+
+
+def test_memory_below_one_page_per_site_is_an_error() -> None:
+    with pytest.raises(ValueError, match="below the least useful"):
+        SlotPool(BASE, num_slots=1, memory=100, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_generations_tell_two_contents_of_one_slot_apart() -> None:
+    pool = make_pool(num_slots=1)
+    seen = set()
+    for _ in range(3):
+        adapter = make_adapter({"a.q": 2})
+        placement = pool.reserve(Layout.of(adapter))
+        assert placement is not None
+        pool.publish(placement, adapter)
+        seen.add(pool.generations[placement.slot])
+        pool.free(placement)
+    assert len(seen) == 3

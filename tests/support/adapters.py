@@ -1,0 +1,107 @@
+"""Adapters saved by the real ``peft``, and what ``peft`` computes with one of them alone (the oracle)."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load, save_file
+from transformers import AutoModelForCausalLM
+
+
+def make_lora(base: Path, folder: Path, *, seed: int = 0, scale: float = 0.5, **lora_config: Any) -> Path:
+    """Save a LoRA adapter for the model in ``base`` to ``folder`` with ``peft`` and return ``folder``.
+
+    Args:
+        base: a model folder, as ``tiny_model`` makes.
+        seed: of the weights; other seeds give other adapters.
+        scale: size of each site's update relative to its input; 0.5 changes the greedy tokens, the logits stay O(10).
+        lora_config: fields of ``peft.LoraConfig``. ``task_type`` is CAUSAL_LM unless given.
+    """
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_config})
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # peft warns of patterns without a match, of fan_in_fan_out on Conv1D, of saved embeddings: all meant here.
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+        _randomise(adapted, scale)
+        adapted.save_pretrained(str(folder))
+    return folder
+
+
+class Generation(NamedTuple):
+    """Greedy tokens, and the log-probabilities ``[steps, vocab]`` (fp32) each was chosen from."""
+
+    tokens: list[int]
+    logprobs: torch.Tensor
+
+
+class PeftReference:
+    """The base with at most one adapter, run by transformers and peft alone, in fp32 on the CPU, without a cache."""
+
+    def __init__(self, base: Path, adapter: Path | None = None) -> None:
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+        if adapter is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = PeftModel.from_pretrained(model, str(adapter))
+        self.model = model.eval()
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """``[len(ids), vocab]``."""
+        out: torch.Tensor = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+        return out
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> Generation:
+        """Greedy continuation of ``ids``; goes on past the end-of-sequence token."""
+        tokens: list[int] = []
+        logprobs: list[torch.Tensor] = []
+        for _ in range(max_new_tokens):
+            logprobs.append(self.logits([*ids, *tokens])[-1].log_softmax(-1))
+            tokens.append(int(logprobs[-1].argmax()))
+        return Generation(tokens, torch.stack(logprobs))
+
+
+def peft_logits(base: Path, adapter: Path | None, ids: Sequence[int]) -> torch.Tensor:
+    """Logits ``[len(ids), vocab]`` of ``ids`` under ``adapter`` (or the base alone), by peft, fp32."""
+    return PeftReference(base, adapter).logits(ids)
+
+
+def peft_generate(base: Path, adapter: Path | None, ids: Sequence[int], max_new_tokens: int) -> Generation:
+    """Greedy ``(tokens, logprobs [steps, vocab])`` by peft, fp32. For many prompts build one ``PeftReference``."""
+    return PeftReference(base, adapter).generate(ids, max_new_tokens)
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    """Set fields of a saved adapter's config."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Replace the tensors of a saved adapter by what ``change`` makes of them."""
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in change(load(path.read_bytes())).items()}, path)
+
+
+@torch.no_grad()
+def _randomise(model: torch.nn.Module, scale: float) -> None:
+    """Give every site an update of size ``scale`` relative to its input, whatever the config's own scaling."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        for name, down in layer.lora_A.items():
+            up, rank, width = layer.lora_B[name], down.out_features, down.in_features
+            factor = abs(layer.scaling[name]) or 1.0
+            down.weight.normal_(std=1.0 / math.sqrt(width))
+            up.weight.normal_(std=scale / math.sqrt(rank) / factor)
+            if up.bias is not None:
+                up.bias.normal_(std=scale / factor)

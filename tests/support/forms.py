@@ -1,0 +1,38 @@
+"""Compiled forms applied by hand, one adapter to a plain transformers model: what the engine must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from weft.adapters.forms import CompiledAdapter, SiteForms
+
+
+def dense_delta(forms: SiteForms) -> torch.Tensor:
+    """``B A``, ``[out, in]`` in fp64: what the adapter adds to the weight of an ``nn.Linear``."""
+    assert forms.low_rank is not None
+    return forms.low_rank.b.double() @ forms.low_rank.a.double()
+
+
+@contextmanager
+def applied(model: nn.Module, adapter: CompiledAdapter) -> Iterator[None]:
+    """Add each site's forms to the output of its module, in fp32."""
+    handles = [model.get_submodule(path).register_forward_hook(_hook(forms)) for path, forms in adapter.sites.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(forms: SiteForms) -> Any:
+    def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if forms.low_rank is not None:
+            output = output + args[0] @ forms.low_rank.a.T @ forms.low_rank.b.T
+        return output if forms.bias is None else output + forms.bias
+
+    return add
