@@ -1,0 +1,73 @@
+"""Configuration of the engine: frozen, composed, validated once. The command line builds it (``cli``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be honoured; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything the engine needs to start. "auto" is resolved once, at start.
+
+    Attributes:
+        model: local folder or hub id of a Hugging Face causal LM.
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        max_model_len: tokens of prompt and output together; None: the model's own limit.
+        max_num_seqs: rows decoding at once.
+        max_num_batched_tokens: tokens in one forward pass.
+        block_size: tokens in one page of the KV cache.
+        kv_cache_memory: bytes for the KV cache; None: a share of what is free (see gpu_memory_utilization on a GPU;
+            on a CPU as many as max_num_seqs rows of max_model_len need, at most a quarter of the machine's memory).
+        gpu_memory_utilization: share of the GPU's memory to use, in (0, 1].
+        enable_prefix_caching: share KV blocks of equal identity between requests.
+        adapter_memory: bytes on the device for adapter weights; None: 1 GiB on CPU, a tenth of a GPU's memory.
+        adapter_host_memory: bytes in host memory for adapters that are not on the device.
+        max_adapters: device slots, so the most distinct adapters in one batch.
+        max_queued_requests: waiting requests before new ones are refused with 429.
+        trust_remote_code: run modelling code from the checkpoint.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    adapter_memory: int | None = None
+    adapter_host_memory: int = 4 << 30
+    max_adapters: int = 64
+    max_queued_requests: int = 1024
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        _choice("device", self.device, ("auto", "cpu", "cuda"))
+        _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_adapters", "max_queued_requests"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_model_len", "kv_cache_memory", "adapter_memory", "adapter_host_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be positive, got {value}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.model).is_dir()
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

@@ -1,0 +1,81 @@
+"""What the engine counts, and the snapshot of everything that metrics are made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from weft.adapters.residency import Residency
+from weft.server.engine.batch import Batch
+from weft.server.engine.info import AdapterStats, EngineStats
+from weft.server.engine.scheduler import Scheduler
+from weft.server.engine.sequence import Sequence
+
+
+class Counters:
+    """Counts steps and tokens, tokens by adapter name ("" is the base)."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, Counter[str]] = {}
+        self._versions: dict[str, str] = {}  # the version each adapter name last stood for
+        self._steps = self._step_adapters = self._max_step_adapters = self._batch_tokens = 0
+
+    def accepted(self, seq: Sequence) -> None:
+        """A request was accepted."""
+        if seq.request.adapter is not None:
+            self._versions[seq.name] = seq.request.adapter
+        self._of(seq)["prompt_tokens"] += seq.prompt_len
+
+    def generated(self, seq: Sequence) -> None:
+        """A token was generated."""
+        self._of(seq)["generation_tokens"] += 1
+
+    def stepped(self, batch: Batch) -> None:
+        """A forward pass ran."""
+        self._steps += 1
+        self._step_adapters = batch.num_adapters
+        self._max_step_adapters = max(self._max_step_adapters, batch.num_adapters)
+        self._batch_tokens += batch.attention.num_tokens
+
+    def snapshot(self, scheduler: Scheduler, adapters: Residency) -> EngineStats:
+        """Everything there is to know at this moment."""
+        self._forget_names(scheduler, adapters)
+        running = Counter(seq.name for seq in scheduler.running)
+        waiting = scheduler.waiting.counts()
+        blocks, pool = scheduler.blocks, adapters.pool
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_used=blocks.num_blocks - blocks.num_free,
+            blocks_total=blocks.num_blocks,
+            steps=self._steps,
+            step_adapters=self._step_adapters,
+            max_step_adapters=self._max_step_adapters,
+            batch_tokens=self._batch_tokens,
+            preemptions=scheduler.preemptions,
+            prefix_cache_queries=scheduler.cache_queries,
+            prefix_cache_hits=scheduler.cache_hits,
+            adapters={
+                name: AdapterStats(running[name], waiting.get(name, 0), **self._tokens.get(name, Counter()))
+                for name in {*self._tokens, *running, *waiting}
+            },
+            tiers=adapters.tiers(),
+            refcounts=adapters.holds(),
+            slots_used=pool.slots_used,
+            slots_total=pool.num_slots,
+            device_bytes=pool.nbytes_used,
+            device_bytes_total=pool.nbytes_total,
+            host_bytes=adapters.host_bytes_used,
+            loads=adapters.loads,
+            load_seconds_sum=adapters.load_seconds,
+            evictions=adapters.evictions,
+        )
+
+    def _of(self, seq: Sequence) -> Counter[str]:
+        return self._tokens.setdefault(seq.name, Counter())
+
+    def _forget_names(self, scheduler: Scheduler, adapters: Residency) -> None:
+        """Drop the counters of names whose adapter is gone, so that they do not pile up."""
+        for name in [name for name, version in self._versions.items() if not adapters.knows(version)]:
+            del self._versions[name]
+            self._tokens.pop(name, None)
+            scheduler.waiting.forget(name)

@@ -1,0 +1,89 @@
+"""A request under way: its tokens, its pages and how far it is computed."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from weft.server.engine.blocks import block_key
+from weft.server.engine.request import EngineRequest, TokenLogprobs
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The mutable state of one request.
+
+    Attributes:
+        request: what was asked.
+        tokens: prompt and output so far.
+        computed: leading tokens whose keys and values are in the pages.
+        blocks: pages in order; they hold at least ``computed`` tokens.
+        keys: content keys of the leading full blocks of ``tokens``, as far as they were needed.
+        root: key the first block descends from.
+        slot: device slot of its adapter; -1: the base.
+        max_len: tokens of prompt and output at most.
+        seed: of its random numbers.
+        prompt_logprobs: filled as the prompt is computed, if asked for.
+        arrival: position in the order of acceptance.
+        accepted, first_run: times on ``time.monotonic``'s clock, in seconds; the latter None until it has run.
+
+    Invariant: ``computed < len(tokens)`` between steps; at least the newest token is still to be computed.
+    """
+
+    request: EngineRequest
+    root: bytes
+    max_len: int
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    published: int = 0
+    slot: int = -1
+    seed: int = 0
+    cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    arrival: int = 0
+    accepted: float = field(default_factory=time.monotonic)
+    first_run: float | None = None
+
+    @classmethod
+    def start(cls, request: EngineRequest, root: bytes, max_len: int) -> Sequence:
+        params = request.params
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        logprobs: list[TokenLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            logprobs = [None] * len(request.prompt_token_ids)
+        return cls(request, root, max_len, list(request.prompt_token_ids), seed=seed, prompt_logprobs=logprobs)
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys and values are still to be computed; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """From acceptance to the first step it took part in."""
+        return None if self.first_run is None else self.first_run - self.accepted
+
+    @property
+    def name(self) -> str:
+        """Under which its traffic is accounted."""
+        return self.request.adapter_name or self.request.adapter or ""
+
+    def full_block_keys(self, block_size: int, tokens: int) -> list[bytes]:
+        """Keys of the full blocks among the first ``tokens`` tokens."""
+        count = tokens // block_size
+        while len(self.keys) < count:
+            start = len(self.keys) * block_size
+            parent = self.keys[-1] if self.keys else self.root
+            self.keys.append(block_key(parent, self.tokens[start : start + block_size]))
+        return self.keys[:count]

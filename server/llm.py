@@ -1,0 +1,249 @@
+"""Offline generation: the same engine, no server. ``from weft.server import LLM, SamplingParams``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from weft.adapters.store import digest
+from weft.server.config import EngineConfig
+from weft.server.engine.engine import Engine
+from weft.server.engine.info import AdapterInfo, ModelInfo
+from weft.server.engine.request import EngineRequest, SamplingParams, TokenDelta, TokenLogprobs
+from weft.server.engine.streams import TextStream
+from weft.server.errors import InvalidRequest, NotFound, RequestError
+from weft.server.tokenization import Tokenizer
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated continuation.
+
+    Attributes:
+        text: without special tokens; empty where the model has no tokenizer.
+        finish_reason: "stop" or "length".
+        stop_reason: the stop string or stop token id that ended it.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stop_reason: str | int | None
+    logprobs: list[TokenLogprobs] | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The answer to one prompt; ``outputs`` has ``n`` entries."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    adapter: str | None
+    outputs: list[Completion]
+
+
+@dataclass
+class _Stream:
+    """A request under way and what it has produced."""
+
+    request: EngineRequest
+    text: TextStream | None
+    pieces: list[str]
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+
+class LLM:
+    """A base model and its adapters, in this process.
+
+    Args:
+        model: local folder or hub id of a Hugging Face causal LM.
+        adapters: folders of adapters as ``peft`` saved them, by the id they go under.
+        settings: fields of ``EngineConfig``, e.g. ``dtype="float32"``, ``max_num_seqs=32``.
+
+    Raises:
+        ConfigError: the model or a setting cannot be honoured.
+        AdapterError: an adapter cannot be served, and why.
+    """
+
+    def __init__(self, model: str, adapters: Mapping[str, str | Path] | None = None, **settings: Any) -> None:
+        # All prompts of a call are queued at once, and the caller waits: there is nobody to turn away.
+        config = EngineConfig(model=str(model), **{"max_queued_requests": sys.maxsize, **settings})
+        self.engine = Engine(config)
+        self.tokenizer = Tokenizer.load(config.model, trust_remote_code=config.trust_remote_code)
+        self._versions: dict[str, str] = {}
+        self._serial = 0
+        for name, source in (adapters or {}).items():
+            self.load_adapter(name, source)
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is being served."""
+        return self.engine.info
+
+    def load_adapter(self, name: str, source: str | Path) -> AdapterInfo:
+        """Load an adapter, or put another one in the place of ``name``.
+
+        Raises:
+            AdapterError: it cannot be served, and why.
+        """
+        folder = Path(source)
+        version = digest(folder)
+        info = self.engine.register_adapter(version, folder)
+        old = self._versions.get(name)
+        self._versions[name] = version
+        if old is not None:
+            self._forget(old)
+        return info
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its memory.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        if name not in self._versions:
+            raise NotFound(f"there is no adapter {name!r}", param="adapter")
+        self._forget(self._versions.pop(name))
+
+    def _forget(self, version: str) -> None:
+        if version not in self._versions.values():
+            self.engine.unregister_adapter(version)
+            self.engine.poll()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        n: int = 1,
+    ) -> list[RequestOutput]:
+        """Generate for all prompts together, in mixed batches.
+
+        Args:
+            prompts: texts or lists of token ids.
+            params: for all prompts, or one per prompt.
+            adapter: id of the adapter for all prompts, or one per prompt; None: the base.
+            n: continuations per prompt; with a seed, the i-th uses ``seed + i``.
+
+        Raises:
+            RequestError: a prompt or parameter is not acceptable; nothing is generated then.
+        """
+        batch = _as_list(prompts)
+        all_params = _one_each("params", params or SamplingParams(), len(batch))
+        names = _one_each("adapter", adapter, len(batch))
+        ids = [self._encode(prompt) for prompt in batch]
+        streams: list[_Stream] = []
+        try:
+            for prompt_ids, prompt_params, name in zip(ids, all_params, names, strict=True):
+                for index in range(n):
+                    streams.append(self._start(prompt_ids, prompt_params, name, index))
+            self._run(streams)
+        except BaseException:
+            self._abandon(streams)
+            raise
+        groups = [streams[i : i + n] for i in range(0, len(streams), n)]
+        return [_output(prompt, name, group) for prompt, name, group in zip(batch, names, groups, strict=True)]
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise InvalidRequest("the model has no tokenizer; give token ids", param="prompt")
+        return self.tokenizer.encode(prompt)
+
+    def _start(self, ids: list[int], params: SamplingParams, name: str | None, index: int) -> _Stream:
+        if name is not None and name not in self._versions:
+            raise NotFound(f"there is no adapter {name!r}", param="adapter")
+        if params.seed is not None and index:
+            params = replace(params, seed=params.seed + index)
+        version = None if name is None else self._versions[name]
+        self._serial += 1
+        request = EngineRequest(f"offline-{self._serial}", ids, params, adapter=version, adapter_name=name)
+        text = None
+        if self.tokenizer is not None:
+            text = TextStream(self.tokenizer, ids, params)
+        elif params.stop:
+            raise InvalidRequest("the model has no tokenizer; use stop_token_ids", param="stop")
+        self.engine.add(request)
+        return _Stream(request, text, [], [], [])
+
+    def _run(self, streams: list[_Stream]) -> None:
+        by_id = {stream.request.request_id: stream for stream in streams}
+        while self.engine.has_work:
+            deltas = self.engine.step()
+            if not deltas:
+                self.engine.adapters.wait(0.05)
+            for delta in deltas:
+                stream = by_id.get(delta.request_id)
+                if stream is not None and stream.finish_reason is None:
+                    self._take(stream, delta)
+        failed = next((stream for stream in streams if stream.error is not None), None)
+        if failed is not None:
+            raise RequestError(failed.error or "", param="adapter" if failed.request.adapter else None)
+
+    def _take(self, stream: _Stream, delta: TokenDelta) -> None:
+        if delta.prompt_logprobs is not None:
+            stream.prompt_logprobs = delta.prompt_logprobs
+        stream.error = delta.error
+        if stream.text is None:
+            stream.finish_reason, stream.stop_reason = delta.finish_reason, delta.stop_reason
+        else:
+            text = stream.text.push(delta)
+            stream.pieces.append(text.text)
+            stream.finish_reason, stream.stop_reason = text.finish_reason, text.stop_reason
+            if stream.text.stopped and delta.finish_reason is None:
+                self.engine.abort(delta.request_id)
+        stream.tokens += delta.token_ids
+        stream.logprobs += delta.logprobs or []
+
+    def _abandon(self, streams: list[_Stream]) -> None:
+        """Leave nothing of a failed call behind in the engine."""
+        for stream in streams:
+            self.engine.abort(stream.request.request_id)
+        if self.engine.has_work:
+            self.engine.step()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_each(name: str, value: Any, count: int) -> list[Any]:
+    """``value`` for each of ``count`` prompts, or its own entries."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequest(f"'{name}' has {len(value)} entries for {count} prompts", param=name)
+    return list(value)
+
+
+def _output(prompt: Prompt, adapter: str | None, group: list[_Stream]) -> RequestOutput:
+    first = group[0]
+    completions = [
+        Completion(
+            index,
+            "".join(stream.pieces),
+            stream.tokens,
+            stream.finish_reason or "stop",
+            stream.stop_reason,
+            stream.logprobs if stream.request.params.logprobs is not None else None,
+        )
+        for index, stream in enumerate(group)
+    ]
+    text = prompt if isinstance(prompt, str) else None
+    return RequestOutput(text, first.request.prompt_token_ids, first.prompt_logprobs, adapter, completions)
