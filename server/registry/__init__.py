@@ -1,0 +1,1 @@
+"""Which adapter an id stands for, now and after a restart."""

@@ -1,0 +1,110 @@
+"""What the registry remembers between runs: ids and their versions, in one JSON file that is written atomically."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from weft.server.config import ConfigError
+from weft.server.engine.info import AdapterInfo
+
+SCHEMA = 1
+FILE = "adapters.json"
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One id, as it was asked for.
+
+    Attributes:
+        version: digest of the content; the store holds it.
+        source: where it was read from.
+        created: unix time in seconds of the first load of this id.
+        info: how it was served when last loaded.
+    """
+
+    id: str
+    version: str
+    source: str
+    pinned: bool
+    created: int
+    info: AdapterInfo
+
+
+class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    schema: int
+    adapters: list[Entry]
+
+
+class Manifest:
+    """Entries by id. What ``put`` and ``drop`` have returned from is on disk, whatever happens after.
+
+    Raises:
+        ConfigError: the file is there and cannot be read as a manifest.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+        self._lock = asyncio.Lock()
+        self.entries: dict[str, Entry] = {entry.id: entry for entry in _read(self._path)}
+
+    async def put(self, entry: Entry) -> None:
+        """Add or replace an entry. Raises ``OSError``, and then nothing has changed."""
+        async with self._lock:
+            await self._write({**self.entries, entry.id: entry})
+
+    async def drop(self, id: str) -> None:
+        """Remove an entry. Raises ``OSError``, and then nothing has changed."""
+        async with self._lock:
+            await self._write({key: entry for key, entry in self.entries.items() if key != id})
+
+    async def _write(self, entries: dict[str, Entry]) -> None:
+        await asyncio.to_thread(_replace, self._path, _encode(entries.values()))
+        self.entries = entries
+
+
+def _encode(entries: Iterable[Entry]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(_Document(SCHEMA, list(entries))), indent=2) + b"\n"
+
+
+def _read(path: Path) -> list[Entry]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"state_dir: cannot read {path}: {error.strerror}") from error
+    try:
+        document = msgspec.json.decode(data, type=_Document)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"state_dir: {path} is damaged ({error}); repair it, or move it away to start afresh"
+        ) from None
+    if document.schema != SCHEMA:
+        raise ConfigError(f"state_dir: {path} has schema {document.schema}, and this version of weft reads {SCHEMA}")
+    return document.adapters
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Either the old or the new content is there, also after a power cut."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 0600
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,351 @@
+"""Which adapters are served: ids, the versions they stand for, and the requests that hold them.
+
+Invariants:
+    An id is listed as ready exactly while the manifest has it and the engine knows its version.
+    A request keeps the version it started with, whatever becomes of the id.
+    Loading, replacing and unloading either happen in full or leave nothing behind, the caller's cancellation included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from weft.adapters.errors import AdapterError
+from weft.adapters.store import Store, digest
+from weft.server.engine.info import AdapterInfo
+from weft.server.errors import Conflict, EngineUnavailable, InvalidRequest, NotFound
+from weft.server.registry.incoming import Fetched, Incoming
+from weft.server.registry.manifest import Entry, Manifest
+from weft.server.registry.records import AdapterRecord, Alias, check_id
+from weft.server.registry.versions import AdapterHost, Versions
+from weft.server.runtime.wire import RemoteError
+
+__all__ = ["AdapterRecord", "AdapterRegistry"]
+
+FORCE_INTERVAL = 0.05
+"""Seconds between two looks for requests to end, once an unload is forced."""
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+class AdapterRegistry:
+    """Adapters by id. All methods on one event loop; ``restore`` comes first.
+
+    Attributes:
+        on_unloaded: called with the id once an adapter is gone.
+    """
+
+    def __init__(
+        self,
+        client: AdapterHost,
+        state_dir: Path,
+        *,
+        roots: Sequence[Path],
+        base_name: str,
+        base_aliases: Sequence[str] = (),
+    ) -> None:
+        """Read the manifest.
+
+        Args:
+            state_dir: this server's alone.
+            roots: local sources must lie inside one of these.
+            base_name, base_aliases: what the base is called, so that no adapter is.
+
+        Raises:
+            ConfigError: the manifest is damaged.
+        """
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.on_unloaded: list[Callable[[str], None]] = []
+        self._client = client
+        self._base_names = (base_name, *base_aliases)
+        self._incoming = Incoming(state_dir / "incoming", roots)
+        self._store = Store(state_dir / "store")
+        self._manifest = Manifest(state_dir)
+        self._versions = Versions(client, self._store)
+        self._aliases: dict[str, Alias] = {}
+        # Ids with a load or replace in progress, as they are to be shown meanwhile.
+        self._pending: dict[str, AdapterRecord] = {}
+        self._tasks: set[asyncio.Task[object]] = set()
+        client.on_restart.append(self._replay)
+
+    async def restore(self) -> list[str]:
+        """Bring back what the manifest lists; verified by digest. What is wrong with those that cannot be, in words.
+
+        A broken one is listed as "failed" and stays in the manifest: a disk that was away must not unload adapters.
+
+        Raises:
+            EngineUnavailable: the engine died.
+        """
+        entries = list(self._manifest.entries.values())
+        wanted = {entry.version for entry in entries}
+        for version in await asyncio.to_thread(self._store.versions):
+            if version not in wanted:  # left by a load that a crash cut short
+                await asyncio.to_thread(self._store.remove, version)
+        problems = await asyncio.gather(*(self._restore(entry) for entry in entries))
+        await self._pin_again()
+        return [problem for problem in problems if problem is not None]
+
+    async def load(self, id: str, source: str, *, pinned: bool = False) -> AdapterRecord:
+        """Serve the adapter in ``source`` as ``id``; it can be requested once this returns.
+
+        A caller that is cancelled while the source is fetched ends the load; later, the load goes on to its end.
+
+        Raises:
+            InvalidRequest, Conflict: the id cannot be used, or is taken.
+            AdapterError, EngineUnavailable: the adapter cannot be served; nothing is left behind.
+        """
+        check_id(id, self._base_names)
+        if id in self._aliases or id in self._pending:
+            state = self.get(id).state
+            raise Conflict(f"adapter {id!r} exists already ({state})", param="id", code="adapter_exists")
+        nothing = AdapterInfo(version="", method="", forms=(), rank=0, num_sites=0, nbytes=0)
+        return await self._bring(AdapterRecord(id, "", source, pinned, int(time.time()), nothing, "loading"))
+
+    async def replace(
+        self, id: str, source: str, *, pinned: bool | None = None, if_match: str | None = None
+    ) -> AdapterRecord:
+        """Have ``id`` stand for the adapter in ``source``. Requests in flight stay on the version they have.
+
+        Args:
+            pinned: None: as it is.
+            if_match: the version that ``id`` must stand for now.
+
+        Raises:
+            NotFound, Conflict: no such id; another version than ``if_match``; or the id is being changed.
+            AdapterError, EngineUnavailable: the new adapter cannot be served; the old one still is.
+        """
+        old = self._settled(id).record
+        if if_match is not None and if_match != old.version:
+            raise Conflict(
+                f"adapter {id!r} is at version {old.version}, not {if_match[:64]!a}",
+                param="if_match",
+                code="precondition_failed",
+            )
+        pinned = old.pinned if pinned is None else pinned
+        return await self._bring(replace(old, source=source, pinned=pinned))
+
+    async def ensure(self, id: str, source: str, *, pinned: bool = False) -> AdapterRecord:
+        """``load`` it, or ``replace`` it if it is not served exactly so already. For adapters named at start."""
+        if id not in self._aliases:
+            return await self.load(id, source, pinned=pinned)
+        record = self._aliases[id].record
+        if record.state == "ready" and (record.source, record.pinned) == (source, pinned):
+            fetched = await self._incoming.fetch(source)
+            try:
+                if await asyncio.to_thread(digest, fetched.folder) == record.version:
+                    return record
+            finally:
+                await fetched.discard()
+        return await self.replace(id, source, pinned=pinned)
+
+    async def unload(self, id: str, *, force_after: float | None = None) -> None:
+        """Take ``id`` out of service at once; return when its requests have ended and its memory is freed.
+
+        A caller that is cancelled does not undo it. A second call joins the first.
+
+        Args:
+            force_after: seconds to wait for the requests, before they are ended with a ``Conflict``; None: no limit.
+
+        Raises:
+            NotFound, Conflict: no such id, or it is being loaded or replaced.
+            OSError: the manifest cannot be written; the adapter is served as before.
+        """
+        alias = self._aliases.get(id)
+        if alias is None or alias.drain is None:
+            alias = self._settled(id)
+            before, alias.record = alias.record, replace(alias.record, state="draining")
+            alias.drain = self._start(self._drain(id, alias, before))
+        drain = alias.drain
+        assert drain is not None
+        if force_after is not None:
+            await asyncio.wait({drain}, timeout=force_after)
+            while not drain.done():
+                self._client.cancel_streams(id, lambda: _unloaded(id))
+                await asyncio.wait({drain}, timeout=FORCE_INTERVAL)
+        await asyncio.shield(drain)
+
+    def get(self, id: str) -> AdapterRecord:
+        """Raises ``NotFound``."""
+        alias = self._aliases.get(id)
+        record = alias.record if alias else self._pending.get(id)
+        if record is None:
+            raise _not_found(id)
+        return record
+
+    def list(self) -> list[AdapterRecord]:
+        """Oldest first."""
+        served = {id: alias.record for id, alias in self._aliases.items()}
+        return sorted((self._pending | served).values(), key=lambda record: (record.created, record.id))
+
+    @contextmanager
+    def lease(self, id: str) -> Iterator[AdapterRecord]:
+        """Hold the version that ``id`` stands for, from a request's beginning to its end.
+
+        Raises:
+            NotFound: no such id, or it is not ready.
+        """
+        record = self.get(id)
+        if record.state != "ready":
+            raise _not_found(id, f" ({record.state}{': ' + record.error if record.error else ''})")
+        alias = self._aliases[id]
+        alias.leases += 1
+        alias.idle.clear()
+        self._versions.hold(record.version)
+        try:
+            yield record
+        finally:
+            self._versions.release(record.version)
+            alias.leases -= 1
+            if alias.leases == 0:
+                alias.idle.set()
+
+    def _settled(self, id: str) -> Alias:
+        """The alias of an id that nobody is changing."""
+        alias = self._aliases.get(id)
+        if id in self._pending:
+            raise Conflict(
+                f"adapter {id!r} is being loaded; try again when it is done", param="id", code="adapter_busy"
+            )
+        if alias is None or alias.drain is not None:
+            raise _not_found(id)
+        return alias
+
+    async def _bring(self, wanted: AdapterRecord) -> AdapterRecord:
+        """Fetch, then install. The id is reserved all the while."""
+        self._pending[wanted.id] = wanted
+        try:
+            fetched = await self._incoming.fetch(wanted.source)
+        except BaseException:
+            del self._pending[wanted.id]
+            raise
+        return await asyncio.shield(self._start(self._install(wanted, fetched)))
+
+    async def _install(self, wanted: AdapterRecord, fetched: Fetched) -> AdapterRecord:
+        started = time.perf_counter()
+        try:
+            record = await self._commit(wanted, fetched.folder)
+        except Exception as error:
+            log.warning("adapter.load_failed", id=wanted.id, source=wanted.source, reason=str(error))
+            raise
+        finally:
+            del self._pending[wanted.id]
+            await fetched.discard()
+        seconds = round(time.perf_counter() - started, 3)
+        log.info("adapter.loaded", id=record.id, version=record.version, method=record.info.method, seconds=seconds)
+        return record
+
+    async def _commit(self, wanted: AdapterRecord, folder: Path) -> AdapterRecord:
+        info = await self._versions.acquire(folder)
+        record = replace(wanted, version=info.version, info=info, state="ready", error=None)
+        try:
+            if record.pinned:
+                await self._pin(record)
+            await self._manifest.put(_entry(record))
+        except BaseException:
+            self._versions.release(info.version)
+            await self._versions.settle()
+            raise
+        alias = self._aliases.get(record.id)
+        if alias is None:
+            self._aliases[record.id] = Alias(record)
+            return record
+        old, held = alias.record, alias.holds_version
+        alias.record, alias.holds_version = record, True
+        if old.pinned:
+            await self._pin()
+        if held:
+            self._versions.release(old.version)  # freed now, or when its last request has ended
+            await self._versions.settle()
+        return record
+
+    async def _pin(self, coming: AdapterRecord | None = None) -> None:
+        """Tell the engine which versions stay on the device: those of pinned ids, and of one that is coming.
+
+        Raises:
+            AdapterTooLarge: the one that is coming would leave too little room for others.
+        """
+        records = [alias.record for alias in self._aliases.values() if alias.holds_version]
+        pinned = {record.version for record in [*records, *filter(None, [coming])] if record.pinned}
+        await self._client.pin_adapters(pinned)
+
+    async def _drain(self, id: str, alias: Alias, before: AdapterRecord) -> None:
+        try:
+            await self._manifest.drop(id)
+        except BaseException:
+            alias.record, alias.drain = before, None
+            raise
+        await alias.idle.wait()
+        del self._aliases[id]
+        if alias.holds_version:
+            self._versions.release(before.version)
+        if before.pinned:
+            with suppress(EngineUnavailable):  # then nothing is pinned
+                await self._pin()
+        for hook in self.on_unloaded:
+            hook(id)
+        await self._versions.settle()
+        log.info("adapter.unloaded", id=id, version=before.version)
+
+    async def _restore(self, entry: Entry) -> str | None:
+        record = AdapterRecord(**{name: getattr(entry, name) for name in entry.__struct_fields__}, state="ready")
+        try:
+            check_id(entry.id, self._base_names)  # the base may have got another name
+            info = await self._versions.adopt(entry.version)
+        except (InvalidRequest, AdapterError, RemoteError, OSError) as error:
+            problem = f"adapter {entry.id!r} could not be restored: {error}"
+            log.error("adapter.restore_failed", id=entry.id, version=entry.version, reason=str(error))
+            self._aliases[entry.id] = Alias(replace(record, state="failed", error=str(error)), holds_version=False)
+            return problem
+        self._aliases[entry.id] = Alias(replace(record, info=info))
+        return None
+
+    async def _replay(self) -> None:
+        """After a restart of the engine. An adapter it refuses now is listed as failed."""
+        failed = await self._versions.replay()
+        for alias in self._aliases.values():
+            if alias.drain is None and alias.holds_version:
+                error = failed.get(alias.record.version)
+                alias.record = replace(alias.record, state="failed" if error else "ready", error=error)
+                if error:
+                    log.error("adapter.replay_failed", id=alias.record.id, reason=error)
+        await self._pin_again()
+
+    async def _pin_again(self) -> None:
+        """In a new engine. It may have less memory than the one before: then adapters are served unpinned."""
+        try:
+            await self._pin()
+        except AdapterError as error:
+            log.error("adapter.not_pinned", reason=str(error))
+
+    def _start(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
+        """Run ``work`` to its end, whoever stops waiting for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[T]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits gets it; where nobody does any more, it was logged
+
+
+def _entry(record: AdapterRecord) -> Entry:
+    return Entry(**{name: getattr(record, name) for name in Entry.__struct_fields__})
+
+
+def _not_found(id: str, why: str = "") -> NotFound:
+    return NotFound(f"adapter {id!r} is not served{why}", param="model")
+
+
+def _unloaded(id: str) -> Conflict:
+    return Conflict(f"adapter {id!r} was unloaded while the request ran", param="model", code="adapter_unloaded")

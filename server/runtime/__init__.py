@@ -1,0 +1,1 @@
+"""The engine in its own process: supervised, restarted, its adapters replayed."""
