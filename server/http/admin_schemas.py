@@ -1,0 +1,94 @@
+"""The bodies of the admin API, of vLLM's adapter routes and of the tokenizer routes; an adapter as it is shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, model_validator
+
+from weft.server.engine.info import EngineStats
+from weft.server.errors import InvalidRequest
+from weft.server.http.schemas import Body, Messages, TemplateOptions, TokenId
+
+if TYPE_CHECKING:
+    from weft.server.registry.records import AdapterRecord
+
+MAX_ID = 256
+MAX_SOURCE = 4096
+MAX_TOKENS = 1 << 22
+
+
+class AdapterLoad(Body):
+    """``POST /admin/adapters``."""
+
+    id: str = Field(min_length=1, max_length=MAX_ID)
+    source: str = Field(min_length=1, max_length=MAX_SOURCE)
+    base: str | None = Field(None, min_length=1, description="The frozen model it belongs to; default: the main one.")
+    pinned: bool = Field(False, description="Keep its weights on the device.")
+
+
+class AdapterReplace(Body):
+    """``PUT /admin/adapters/{id}``."""
+
+    source: str = Field(min_length=1, max_length=MAX_SOURCE)
+    pinned: bool | None = Field(None, description="Default: as it was.")
+
+
+class VllmLoad(Body):
+    """``POST /v1/load_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1, max_length=MAX_ID)
+    lora_path: str = Field(min_length=1, max_length=MAX_SOURCE)
+    load_inplace: bool = Field(False, description="Replace the adapter of that name, if there is one.")
+    base_model_name: str | None = Field(None, min_length=1)
+
+
+class VllmUnload(Body):
+    """``POST /v1/unload_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1, max_length=MAX_ID)
+    lora_int_id: int | None = Field(None, description="Ignored.")
+
+
+class TokenizeBody(TemplateOptions):
+    """``POST /tokenize``: a prompt, or messages."""
+
+    model: str | None = Field(None, min_length=1, max_length=1024)
+    prompt: str | None = None
+    messages: Messages | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("give one of 'prompt' and 'messages'", param="prompt")
+        return self
+
+
+class DetokenizeBody(Body):
+    """``POST /detokenize``."""
+
+    model: str | None = Field(None, min_length=1, max_length=1024)
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
+
+
+def adapter_card(record: AdapterRecord, stats: EngineStats) -> dict[str, Any]:
+    """An adapter as the admin API shows it: what it is, how it is served, where it is now."""
+    info = record.info
+    return {
+        "id": record.id,
+        "object": "adapter",
+        "version": record.version,
+        "source": record.source,
+        "created": record.created,
+        "state": record.state,
+        "error": record.error,
+        "pinned": record.pinned,
+        "method": info.method,
+        "forms": list(info.forms),
+        "rank": info.rank,
+        "num_sites": info.num_sites,
+        "nbytes": info.nbytes,
+        "tier": stats.tiers.get(record.version),
+        "refcount": stats.refcounts.get(record.version, 0),
+    }
