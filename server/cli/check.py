@@ -1,0 +1,143 @@
+"""``weft check``: can this adapter be served exactly? No weights of the base are needed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weft.server.cli.terminal import bytes_text, failing_clearly
+from weft.server.config import ConfigError
+from weft.server.settings import DEMO
+
+if TYPE_CHECKING:
+    from weft.adapters.base import Base
+    from weft.adapters.errors import AdapterError
+
+
+def check(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.", show_default=False)],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="Folder or hub id of its base, or demo; default: the base the adapter names.",
+            show_default=False,
+        ),
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code from the base's folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Say whether and how an adapter can be served, or exactly what prevents it (exit code 1)."""
+    from weft.adapters.errors import AdapterError
+
+    with failing_clearly(ConfigError):
+        model = base or named_base(adapter)
+        described = describe_base(model, trust_remote_code=trust_remote_code)
+    try:
+        report = examine(adapter, described)
+    except AdapterError as error:
+        report = {"servable": False, "adapter": str(adapter), "base": model, "error": _error(error)}
+    else:
+        report = {"servable": True, "adapter": str(adapter), "base": model, **report}
+    typer.echo(json.dumps(report, indent=2) if as_json else _text(report), err=not (report["servable"] or as_json))
+    if not report["servable"]:
+        raise typer.Exit(1)
+
+
+def describe_base(model: str, *, trust_remote_code: bool = False) -> Base:
+    """The sites of ``model``, from its configuration alone: its modules are made without memory for weights.
+
+    Raises:
+        ConfigError: there is no such model, or it is no causal language model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from weft.adapters.base import Base
+
+    if model == DEMO:
+        from weft.server.demo import demo_model
+
+        model = str(demo_model())
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base: cannot read {model} as a causal language model: {error}") from error
+    return Base.of(shape)
+
+
+def examine(adapter: Path, base: Base) -> dict[str, Any]:
+    """How ``adapter`` would be served on ``base``.
+
+    Raises:
+        AdapterError: it would not; the message names the field or tensor.
+    """
+    from weft.adapters.methods import compile_adapter
+    from weft.adapters.store import digest
+
+    compiled = compile_adapter(adapter, base, version=digest(adapter), dtype=None)
+    return {
+        "version": compiled.version,
+        "method": compiled.method,
+        "forms": list(compiled.forms),
+        "rank": compiled.rank,
+        "sites": {
+            path: {"forms": list(forms.names), "rank": forms.low_rank.rank if forms.low_rank else 0}
+            for path, forms in compiled.sites.items()
+        },
+        "nbytes": compiled.nbytes,
+    }
+
+
+def named_base(adapter: Path) -> str:
+    """The base that the adapter's own configuration names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"adapter: cannot read its adapter_config.json: {error}") from error
+    if not isinstance(named, str) or not named:
+        raise ConfigError("base: the adapter names no base model; pass --base")
+    return named
+
+
+def _error(error: AdapterError) -> Mapping[str, object]:
+    return {"code": error.code, "param": error.param, "message": error.message}
+
+
+def _text(report: Mapping[str, Any]) -> str:
+    names = f"{report['adapter']} on {report['base']}"
+    if not report["servable"]:
+        error = report["error"]
+        return typer.style(f"{names} cannot be served: {error['message']} ({error['code']})", fg="red")
+    lines = [
+        typer.style(f"{names} can be served", fg="green"),
+        f"method   {report['method']}",
+        f"forms    {', '.join(report['forms'])}",
+        f"rank     {report['rank']}",
+        f"size     {bytes_text(report['nbytes'])}",
+        f"version  {report['version']}",
+        f"sites    {len(report['sites'])}",
+    ]
+    # One line for all layers that are alike.
+    alike = Counter(
+        (re.sub(r"\.\d+\.", ".*.", path), "+".join(site["forms"]), site["rank"])
+        for path, site in report["sites"].items()
+    )
+    lines += [f"  {path}  {forms}, rank {rank}  (×{count})" for (path, forms, rank), count in alike.items()]
+    return "\n".join(lines)

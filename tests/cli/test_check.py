@@ -1,0 +1,109 @@
+"""``weft check``, on adapters saved by the real peft."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from tests.support.adapters import make_lora
+from tests.support.models import tiny_model
+from weft.adapters.store import digest
+from weft.server.cli import create_cli
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return make_lora(
+        base, tmp_path / "adapter", r=5, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 3}
+    )
+
+
+def check(*arguments: object) -> Result:
+    return CliRunner().invoke(create_cli(), ["check", *map(str, arguments)])
+
+
+def edit_config(adapter: Path, **fields: object) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def test_a_lora_adapter_can_be_served(base: Path, adapter: Path) -> None:
+    result = check(adapter, "--base", base)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"{adapter} on {base} can be served"
+    assert lines[1:4] == ["method   LORA", "forms    LowRank", "rank     5"]
+    assert lines[5:] == [
+        f"version  {digest(adapter)}",
+        "sites    6",
+        "  model.layers.*.self_attn.q_proj  LowRank, rank 3  (×3)",
+        "  model.layers.*.mlp.down_proj  LowRank, rank 5  (×3)",
+    ]
+
+
+def test_as_json(base: Path, adapter: Path) -> None:
+    report = json.loads(check(adapter, "--base", base, "--json").stdout)
+    assert (report["servable"], report["method"], report["rank"], len(report["sites"])) == (True, "LORA", 5, 6)
+    hidden, inner, q = 48, 88, 80
+    assert report["nbytes"] == 4 * 3 * (3 * (hidden + q) + 5 * (inner + hidden))
+
+
+def test_the_base_is_the_one_the_adapter_names(base: Path, adapter: Path) -> None:
+    assert check(adapter).stdout.startswith(f"{adapter} on {base} can be served\n")
+    edit_config(adapter, base_model_name_or_path=None)
+    result = check(adapter)
+    assert result.exit_code == 1
+    assert "names no base model; pass --base" in result.stderr
+
+
+def test_no_weights_of_the_base_are_needed(base: Path, adapter: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert check(adapter, "--base", bare).exit_code == 0
+
+
+def test_a_missing_tensor_is_named(base: Path, adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_B" in name)
+    del tensors[name]
+    save_file(tensors, file)
+    result = check(adapter, "--base", base)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"{adapter} on {base} cannot be served: ")
+    assert name in result.stderr
+    report = json.loads(check(adapter, "--base", base, "--json").stdout)
+    assert (report["servable"], report["error"]["code"]) == (False, "adapter_mismatch")
+
+
+def test_an_option_that_cannot_be_honoured_is_named(base: Path, adapter: Path) -> None:
+    edit_config(adapter, use_dora=True)
+    result = check(adapter, "--base", base)
+    assert result.exit_code == 1
+    assert "use_dora" in result.stderr
+    assert "(adapter_unsupported)" in result.stderr
+
+
+def test_the_wrong_base_is_refused(adapter: Path, tmp_path: Path) -> None:
+    other = tiny_model("llama", tmp_path / "other", hidden_size=40)
+    result = check(adapter, "--base", other)
+    assert result.exit_code == 1
+    assert "adapter_mismatch" in result.stderr
+
+
+@pytest.mark.parametrize("wrong", ["base", "adapter"])
+def test_what_is_not_there(wrong: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    result = check(*((adapter, "--base", nowhere) if wrong == "base" else (nowhere, "--base", base)))
+    assert result.exit_code == 1
+    assert str(nowhere) in result.stderr
+    assert "Traceback" not in result.stderr
