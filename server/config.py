@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -62,10 +61,6 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be positive, got {value}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
-
-    @property
-    def is_local(self) -> bool:
-        return Path(self.model).is_dir()
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
