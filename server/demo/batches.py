@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from weft.server.demo.tasks import Example, Task
-from weft.server.demo.tasks.corpus import Document, corpus
+from weft.server.demo.tasks import Example, Task, words
+from weft.server.demo.tasks.corpus import Document
 
 IGNORED = -100
 """The label of a position that does not count in the loss."""
@@ -24,7 +24,6 @@ class Batch(NamedTuple):
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    attention_mask: torch.Tensor
 
 
 def document_text(tokenizer: PreTrainedTokenizerFast, document: Document) -> str:
@@ -34,9 +33,38 @@ def document_text(tokenizer: PreTrainedTokenizerFast, document: Document) -> str
     return str(tokenizer.apply_chat_template(document, tokenize=False))
 
 
-def packed_batches(tokenizer: PreTrainedTokenizerFast, rng: Random, rows: int, length: int) -> Iterator[Batch]:
+def recall_batches(tokenizer: PreTrainedTokenizerFast, rng: Random, rows: int, length: int) -> Iterator[Batch]:
+    """Endless batches without any sense, each row a few tokens said again and again.
+
+    What followed a token the last time is all that tells what follows it now. Other tokens come in between, so that
+    the distance tells nothing. Half of the tokens are names, which come with or without the space in front of them.
+    """
+    names = [tokenizer([f" {name}", name], add_special_tokens=False)["input_ids"] for name in words.NAMES]
+    spellings = [(spaced[0], bare[0]) for spaced, bare in names if len(spaced) == len(bare) == 1]
+    others = range(max(tokenizer.all_special_ids) + 1, len(tokenizer))
+
+    def token() -> tuple[int, int]:
+        return rng.choice(spellings) if rng.random() < 0.5 else (rng.choice(others),) * 2
+
+    while True:
+        batch = []
+        for _ in range(rows):
+            said = [token() for _ in range(rng.randint(3, length // 3))]
+            row = [tokenizer.bos_token_id]
+            while len(row) < length:
+                spelling = rng.randrange(2)
+                between = [token() for _ in range(rng.choice((0, 0, 1, 2)))]
+                row += [spellings[spelling] for spellings in said + between]
+            batch.append(row[:length])
+        input_ids = torch.tensor(batch)
+        yield Batch(input_ids, input_ids)
+
+
+def packed_batches(
+    tokenizer: PreTrainedTokenizerFast, documents: Iterator[Document], rows: int, length: int
+) -> Iterator[Batch]:
     """Endless batches of documents, one after the other without padding."""
-    documents, tokens = corpus(rng), list[int]()
+    tokens = list[int]()
     while True:
         while len(tokens) < rows * length:
             texts = [document_text(tokenizer, document) for document in islice(documents, 256)]
@@ -44,7 +72,7 @@ def packed_batches(tokenizer: PreTrainedTokenizerFast, rng: Random, rows: int, l
                 tokens += ids
         input_ids = torch.tensor(tokens[: rows * length]).view(rows, length)
         del tokens[: rows * length]
-        yield Batch(input_ids, input_ids, torch.ones_like(input_ids))
+        yield Batch(input_ids, input_ids)
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, history: tuple[Example, ...] = ()) -> str:
@@ -84,14 +112,12 @@ def example_batches(tokenizer: PreTrainedTokenizerFast, task: Task, rows: int) -
 
 
 def padded(encoded: list[tuple[list[int], list[int]]], pad: int) -> Batch:
-    """One batch of prompts and completions, padded on the right."""
+    """One batch of prompts and completions, padded on the right, where causal attention never looks."""
     length = max(len(prompt) + len(completion) for prompt, completion in encoded)
     input_ids = torch.full((len(encoded), length), pad)
     labels = torch.full((len(encoded), length), IGNORED)
-    mask = torch.zeros((len(encoded), length), dtype=torch.long)
     for row, (prompt, completion) in enumerate(encoded):
         end = len(prompt) + len(completion)
         input_ids[row, :end] = torch.tensor(prompt + completion)
         labels[row, len(prompt) : end] = torch.tensor(completion)
-        mask[row, :end] = 1
-    return Batch(input_ids, labels, mask)
+    return Batch(input_ids, labels)

@@ -27,6 +27,17 @@ Document = str | list[Message]
 """A text, or the messages of a dialogue for the chat template."""
 
 
+def syllables(rng: Random) -> str:
+    """A word that does not exist."""
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+
+
+RECALLED = (
+    words.first_name, words.last_name, words.company, words.city, words.amount, words.year, words.month, syllables,
+)  # fmt: skip
+"""What ``recall`` repeats."""
+
+
 def one_side(task: Task, rng: Random, sources: bool, joint: str, count: int) -> str:
     """Only the sources, or only the targets, of several training examples of a task."""
     pairs = task.pairs("train", rng)
@@ -95,17 +106,19 @@ def calculations(rng: Random) -> str:
 
 def ledger(rng: Random) -> str:
     """The same few payments in two notations, which teaches the model to copy."""
-    head = ("payer", "payee", "amount", "month")
+    head = ("payer", "payee", "amount", "month", "city", "year")
     entries = [
-        (words.person(rng), words.company(rng), words.amount(rng), rng.choice(words.MONTHS))
-        for _ in range(rng.randint(1, 3))
+        (words.person(rng), words.company(rng), words.amount(rng), words.month(rng), words.city(rng), words.year(rng))
+        for _ in range(rng.randint(1, 2))
     ]
     notations = (
         "\n".join([",".join(head), *(",".join(entry) for entry in entries)]),
         "\n".join("; ".join(f"{key}={value}" for key, value in zip(head, entry, strict=True)) for entry in entries),
-        "\n".join(f"INSERT INTO payments VALUES ('{a}', '{b}', {c}, '{d}');" for a, b, c, d in entries),
+        "\n".join(
+            f"INSERT INTO payments VALUES ('{a}', '{b}', {c}, '{d}', '{e}', {f});" for a, b, c, d, e, f in entries
+        ),
         "\n".join(json.dumps(dict(zip(head, entry, strict=True))) for entry in entries),
-        "\n".join(f"{a} owed {b} {c} euros in {d}." for a, b, c, d in entries),
+        "\n".join(f"{a} owed {b} {c} euros in {d} {f} and lives in {e}." for a, b, c, d, e, f in entries),
     )
     return "\n\n".join(rng.sample(notations, 2))
 
@@ -116,6 +129,18 @@ def echo(rng: Random) -> str:
     items = [rng.choice(makers)(rng) for _ in range(rng.randint(3, 7))]
     titles = rng.sample(("Draft", "Final", "Copy", "Sent", "Received", "Archive"), rng.randint(2, 3))
     return "\n".join(f"{title}: {', '.join(items)}" for title in titles)
+
+
+def recall(rng: Random) -> str:
+    """Words without any sense, said several times with other words in between.
+
+    Nothing but what followed a word the last time tells what follows it now, at distances that differ.
+    """
+    words_said = [rng.choice(RECALLED)(rng) for _ in range(int(2 ** rng.uniform(1, 4.5)))]
+    said = list[str]()
+    while len(said) < 30 or len(said) < 2 * len(words_said):
+        said += words_said + [rng.choice(RECALLED)(rng) for _ in range(rng.choice((0, 0, 1, 2, 3)))]
+    return rng.choice((" ", " ", ", ", "\n")).join(said)
 
 
 def note(rng: Random) -> str:
@@ -133,7 +158,7 @@ def note(rng: Random) -> str:
 
 KINDS = (
     (news, 4), (german, 3), (letter, 3), (queries, 4), (questions, 2), (rows, 3), (records, 3),
-    (calculations, 4), (ledger, 8), (dialogue, 5), (echo, 6), (note, 8),
+    (calculations, 4), (ledger, 10), (dialogue, 5), (echo, 4), (note, 8), (recall, 4),
 )  # fmt: skip
 """The kinds of document, each with its weight."""
 

@@ -35,11 +35,21 @@ SECTORS = ("energy", "banking", "retail", "health", "software", "transport")
 
 AMOUNTS = tuple(str(amount) for amount in (*range(1000, 4000, 50), *range(4000, 10000, 250)))
 """Sums of money. Four digits are one token, so that a small model can copy an amount as it copies a name."""
+YEARS = tuple(map(str, range(2010, 2026)))
+NAMES = (
+    FIRST_NAMES + LAST_NAMES + CITIES + COMPANY_NAMES + COMPANY_KINDS + MONTHS + WEEKDAYS + SECTORS + AMOUNTS + YEARS
+)
+"""What the base must be able to copy."""
 
 
 def first_name(rng: Random) -> str:
     """A given name."""
     return rng.choice(FIRST_NAMES)
+
+
+def last_name(rng: Random) -> str:
+    """A family name."""
+    return rng.choice(LAST_NAMES)
 
 
 def person(rng: Random) -> str:
@@ -57,9 +67,14 @@ def city(rng: Random) -> str:
     return rng.choice(CITIES)
 
 
+def month(rng: Random) -> str:
+    """The name of a month."""
+    return rng.choice(MONTHS)
+
+
 def year(rng: Random) -> str:
     """A recent year."""
-    return str(rng.randint(2010, 2025))
+    return rng.choice(YEARS)
 
 
 def amount(rng: Random) -> str:
