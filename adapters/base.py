@@ -1,4 +1,4 @@
-"""What an adapter must know of its base: the linear sites it can attach to, by module path."""
+"""What an adapter must know of its base: the modules it can attach to, by path."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from weft.adapters.errors import BaseWeightsNeeded
+
 
 @dataclass(frozen=True)
 class Site:
-    """One linear module of the base.
+    """One module of the base that adapters can attach to.
 
     Attributes:
         path: its name in ``model.named_modules()``, e.g. ``model.layers.0.self_attn.q_proj``.
-        kind: ``"linear"`` (weight ``[out, in]``) or ``"conv1d"`` (GPT-2's, weight ``[in, out]``).
-        in_features, out_features: widths of the product, whatever the storage order.
+        kind: ``"linear"`` (weight ``[out, in]``), ``"conv1d"`` (GPT-2's, weight ``[in, out]``) or ``"norm"``.
+        in_features, out_features: widths of input and output, whatever the storage order.
         has_bias: whether the base adds a bias here.
     """
 
@@ -37,8 +39,11 @@ class Base:
         model_type: transformers' name of the architecture (``config.model_type``).
         num_layers: ``config.num_hidden_layers``.
         sites: linear modules by path, in the order of ``named_modules()``.
+        norms: likewise, modules that have a weight, and perhaps a bias, for each element of the hidden state.
         module_paths: every module's path, to tell "not a linear" from "not there".
         dtype: of the base's weights.
+        hidden_size: width of the embeddings.
+        kv_heads, head_dim: of the keys and values, by the configuration.
         head: path of the module that makes the logits (``lm_head``), if the model names one.
         parameters: the base's own parameters by name, tied ones under each of their names; references, no copies.
     """
@@ -48,18 +53,25 @@ class Base:
     sites: Mapping[str, Site]
     module_paths: tuple[str, ...]
     dtype: torch.dtype
+    norms: Mapping[str, Site] = field(default_factory=dict)
+    hidden_size: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
     head: str | None = None
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Base:
         """Describe ``model`` (a transformers causal LM, on any device, ``meta`` included)."""
-        sites = {}
+        sites, norms = {}, {}
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 sites[path] = Site(path, "linear", module.in_features, module.out_features, module.bias is not None)
             elif isinstance(module, Conv1D):
                 sites[path] = Site(path, "conv1d", module.nx, module.nf, True)
+            elif _is_norm(module, model.config.hidden_size):
+                width = model.config.hidden_size
+                norms[path] = Site(path, "norm", width, width, getattr(module, "bias", None) is not None)
         config = model.config
         output = model.get_output_embeddings()
         head = next((path for path, module in model.named_modules() if module is output), None)
@@ -69,6 +81,43 @@ class Base:
             sites=sites,
             module_paths=tuple(path for path, _ in model.named_modules()),
             dtype=model.dtype,
+            norms=norms,
+            hidden_size=config.hidden_size,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             head=head,
             parameters={name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)},
         )
+
+    def module(self, path: str) -> Site | None:
+        """The module at ``path``, if adapters can attach to it."""
+        return self.sites.get(path) or self.norms.get(path)
+
+    def weight(self, site: Site) -> torch.Tensor:
+        """The frozen weight of a site, ``[out, in]`` in fp32 on the CPU whatever its storage order.
+
+        Raises:
+            BaseWeightsNeeded: the base is known by its shape alone.
+        """
+        weight = self._loaded(f"{site.path}.weight").float()
+        return weight if site.kind == "linear" else weight.T
+
+    def bias(self, site: Site) -> torch.Tensor | None:
+        """The frozen bias of a site, ``[out]`` in fp32 on the CPU; None where it has none.
+
+        Raises:
+            BaseWeightsNeeded: the base is known by its shape alone.
+        """
+        return self._loaded(f"{site.path}.bias").float() if site.has_bias else None
+
+    def _loaded(self, name: str) -> torch.Tensor:
+        parameter = self.parameters[name]
+        if parameter.is_meta:
+            raise BaseWeightsNeeded(f"the adapter can only be read beside the base's weights ({name})")
+        return parameter.cpu()
+
+
+def _is_norm(module: nn.Module, width: int) -> bool:
+    """Whether the module's parameters are a weight, and perhaps a bias, of ``width`` elements."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    return "weight" in shapes and shapes.keys() <= {"weight", "bias"} and set(shapes.values()) == {(width,)}

@@ -13,15 +13,18 @@ from weft.adapters.errors import AdapterFormatError, AdapterMismatch
 from weft.adapters.files import CONFIG, FILES, WEIGHTS, open_regular, present
 
 MAX_TENSORS = 1 << 16
+MAX_DIMENSION = 1 << 31
 MAX_HEADER_BYTES = 32 << 20
 DTYPES = ("F32", "F16", "BF16")
+INTEGER_DTYPES = ("U8", "I16", "I32", "I64")
+"""Of indices; every other tensor is a weight."""
 
 
 class Tensors:
     """The tensors of a safetensors file, by name; remembers which were taken."""
 
     def __init__(self, path: Path) -> None:
-        """Raises AdapterFormatError if the file cannot be read, or a tensor is empty, a scalar or not floating."""
+        """Raises AdapterFormatError if the file cannot be read, or a tensor is a scalar or of another dtype."""
         try:
             self._file = safe_open(path, framework="pt")
             names = list(self._file.keys())  # type: ignore[no-untyped-call]
@@ -40,12 +43,15 @@ class Tensors:
         """The tensors that were not taken, in the file's order."""
         return tuple(self._left)
 
-    def take(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    def take(self, name: str, shape: tuple[int, ...] | None = None, *, integers: bool = False) -> torch.Tensor:
         """The tensor in its own dtype, on the CPU. It may share the file's memory: copy what is kept.
+
+        Args:
+            integers: it holds indices; they come as int64, also from whole numbers in float32 (peft on Windows).
 
         Raises:
             AdapterMismatch: there is no such tensor, or its shape is not ``shape``.
-            AdapterFormatError: it holds NaN or infinity.
+            AdapterFormatError: it holds NaN or infinity, or has integers where weights are needed or the reverse.
         """
         if name not in self.shapes:
             raise AdapterMismatch(f"the tensor {show(name)} is missing", param=name[:200])
@@ -54,8 +60,18 @@ class Tensors:
                 f"{show(name)} has shape {list(self.shapes[name])}, but the config and the base need {list(shape)}",
                 param=name[:200],
             )
+        if shape is None and 0 in self.shapes[name]:
+            raise AdapterFormatError(
+                f"{show(name)} has shape {list(self.shapes[name])}: nothing in it", param=name[:200]
+            )
         self._left.pop(name, None)
         tensor: torch.Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
+        if integers:
+            return _whole(tensor, name)
+        if not tensor.is_floating_point():
+            raise AdapterFormatError(
+                f"{show(name)} holds integers; weights are float32, float16 or bfloat16", param=name[:200]
+            )
         if not is_finite(tensor):
             raise AdapterFormatError(f"{show(name)} holds NaN or infinity", param=name[:200])
         return tensor
@@ -69,18 +85,27 @@ class Tensors:
     def _check_header(self, name: str) -> tuple[int, ...]:
         header = self._file.get_slice(name)  # type: ignore[no-untyped-call]
         dtype, shape = header.get_dtype(), tuple(header.get_shape())
-        if dtype not in DTYPES:
+        if dtype not in DTYPES + INTEGER_DTYPES:
             raise AdapterFormatError(
                 f"{show(name)} has dtype {dtype}; weights are float32, float16 or bfloat16", param=name[:200]
             )
-        if not shape or 0 in shape:
-            raise AdapterFormatError(f"{show(name)} has shape {list(shape)}: nothing in it", param=name[:200])
+        if not shape or max(shape) > MAX_DIMENSION:
+            raise AdapterFormatError(f"{show(name)} has shape {list(shape)}, which no weight has", param=name[:200])
         return shape
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether every value is. The extremes are NaN if any value is, and take a tenth of the time of ``isfinite``."""
-    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+def _whole(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Indices as int64."""
+    if tensor.is_floating_point():
+        whole = tensor.dtype == torch.float32 and is_finite(tensor) and torch.equal(tensor, tensor.trunc())
+        if not whole:
+            raise AdapterFormatError(f"{show(name)} must hold integers", param=name[:200])
+    return tensor.long()
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,12 @@ class FieldTable:
             {**self.neutral, **other.neutral},
         )
 
+    def without(self, *names: str) -> FieldTable:
+        """The table less some neutral fields, which a method honours."""
+        return FieldTable(
+            self.honoured, self.ignored, {name: why for name, why in self.neutral.items() if name not in names}
+        )
+
     @property
     def names(self) -> frozenset[str]:
         """Every field the table classifies."""

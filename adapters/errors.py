@@ -3,6 +3,7 @@
 AdapterError                 base of the tree; carries the field or tensor it is about
 ├── AdapterFormatError       the files cannot be read as an adapter: missing, truncated, malformed, a pickle
 ├── AdapterUnsupported       well-formed, but weft cannot serve it exactly; names the option that prevents it
+├── BaseWeightsNeeded        compiling it needs the weights of the base, and only its shape is known
 ├── AdapterMismatch          does not fit the base model: unknown module, wrong shape, missing or extra tensor
 ├── AdapterSourceError       the source cannot be resolved or is not allowed
 └── AdapterTooLarge          does not fit into the memory set aside for adapters
@@ -32,6 +33,12 @@ class AdapterUnsupported(AdapterError):
     """The adapter uses something that cannot be served exactly."""
 
     code = "adapter_unsupported"
+
+
+class BaseWeightsNeeded(AdapterError):
+    """The adapter's forms follow from the weights of the base, which are not loaded."""
+
+    code = "base_weights_needed"
 
 
 class AdapterMismatch(AdapterError):

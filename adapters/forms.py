@@ -1,11 +1,38 @@
-"""The runtime forms adapters compile to. No method's name is known past its loader."""
+"""The runtime forms adapters compile to. No method's name is known past its loader.
+
+At a linear site with weight W and bias b0, a row x of the batch becomes
+
+    y = gain_out * (W (gain_in * x) + b0) + shift + B (A x) + D x
+
+where everything but W and b0 is the adapter's own, and what it has not is left out. At a norm the adapter's own weight
+and bias stand in for the base's. The base is never changed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from enum import StrEnum
 
 import torch
+
+
+class Part(StrEnum):
+    """A kind of rows that an adapter keeps at a site, and which of the site's widths they have."""
+
+    A = "a"
+    B = "b"
+    GAIN_IN = "gain_in"
+    GAIN_OUT = "gain_out"
+    SHIFT = "shift"
+    DELTA = "delta"
+    WEIGHT = "weight"
+    BIAS = "bias"
+
+    @property
+    def of_input(self) -> bool:
+        """Rows are as wide as the site's input; else as its output."""
+        return self in (Part.A, Part.GAIN_IN, Part.DELTA)
 
 
 @dataclass(frozen=True)
@@ -27,24 +54,104 @@ class LowRank:
 
 @dataclass(frozen=True)
 class SiteForms:
-    """What one adapter does at one site of the base.
+    """What one adapter does at one site of the base; see the formula above.
 
     Attributes:
         low_rank: the low-rank update, if any.
-        bias: ``[out]`` added to the output of the rows, if any.
+        gain_in: ``[in]``, scales the input of W alone.
+        gain_out: ``[out]``, scales what the base computes, its bias included.
+        shift: ``[out]``, added to that.
+        delta: ``[out, in]``, an update of W without a cheaper structure.
+        weight, bias: ``[out]``, of a norm, in place of the base's.
     """
 
     low_rank: LowRank | None = None
+    gain_in: torch.Tensor | None = None
+    gain_out: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        low_rank = (self.low_rank.a, self.low_rank.b) if self.low_rank else ()
-        return low_rank if self.bias is None else (*low_rank, self.bias)
+    def parts(self) -> dict[Part, torch.Tensor]:
+        """The rows ``[count, width]`` of every part there is."""
+        parts: dict[Part, torch.Tensor] = {}
+        if self.low_rank is not None:
+            parts |= {Part.A: self.low_rank.a, Part.B: self.low_rank.b.T}
+        for part in (Part.GAIN_IN, Part.GAIN_OUT, Part.SHIFT, Part.WEIGHT, Part.BIAS):
+            row = getattr(self, part)
+            if row is not None:
+                parts[part] = row.unsqueeze(0)
+        if self.delta is not None:
+            parts[Part.DELTA] = self.delta
+        return parts
 
     @property
     def names(self) -> tuple[str, ...]:
         """The forms present, by name, as shown to users."""
-        return (("LowRank",) if self.low_rank else ()) + (("Bias",) if self.bias is not None else ())
+        present = (_NAMES[field.name] for field in fields(self) if getattr(self, field.name) is not None)
+        return tuple(dict.fromkeys(present))
+
+
+_NAMES = {
+    "low_rank": "LowRank",
+    "gain_in": "Gain",
+    "gain_out": "Gain",
+    "shift": "Bias",
+    "delta": "Delta",
+    "weight": "Replace",
+    "bias": "Replace",
+}
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """Embeddings in front of the prompt: tokens without a word. Their keys and values never depend on the request.
+
+    Attributes:
+        embeddings: ``[n, hidden]``, what the model's embedding would return for them.
+    """
+
+    embeddings: torch.Tensor
+
+    @property
+    def length(self) -> int:
+        return self.embeddings.shape[0]
+
+    @property
+    def position_offset(self) -> int:
+        """Position of the first real token."""
+        return self.length
+
+    @property
+    def nbytes(self) -> int:
+        return self.embeddings.nbytes
+
+
+@dataclass(frozen=True)
+class PrefixKV:
+    """Keys and values in front of a row's own, in every layer.
+
+    Attributes:
+        keys, values: per layer ``[n, kv_heads, head_dim]``, as attention sees them: keys are not rotated any more.
+        position_offset: position of the first real token.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    position_offset: int
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+
+Prompt = SoftPrompt | PrefixKV
+"""What stands in front of every prompt of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +162,13 @@ class CompiledAdapter:
         version: digest of the adapter's content, its identity everywhere past the loader.
         method: how it was trained, for people to read ("LORA").
         sites: forms by the path of the base's module, as in ``model.named_modules()``.
+        prompt: what stands in front of every prompt, if anything.
     """
 
     version: str
     method: str
     sites: Mapping[str, SiteForms]
+    prompt: Prompt | None = None
 
     @property
     def rank(self) -> int:
@@ -68,9 +177,11 @@ class CompiledAdapter:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for forms in self.sites.values() for t in forms.tensors())
+        sites = sum(rows.nbytes for forms in self.sites.values() for rows in forms.parts().values())
+        return sites + (self.prompt.nbytes if self.prompt else 0)
 
     @property
     def forms(self) -> tuple[str, ...]:
         """The distinct forms used, in order of first use."""
-        return tuple(dict.fromkeys(name for forms in self.sites.values() for name in forms.names))
+        prompt = (type(self.prompt).__name__,) if self.prompt else ()
+        return tuple(dict.fromkeys((*prompt, *(name for forms in self.sites.values() for name in forms.names))))

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weft.adapters.errors import AdapterError
-from weft.adapters.forms import CompiledAdapter
+from weft.adapters.forms import CompiledAdapter, Prompt
 from weft.adapters.slots import Layout, Placement, SlotPool
 
 Compile = Callable[[Path, str], CompiledAdapter]
 """Reads a folder and compiles it, given its version; raises AdapterError."""
 
-NOTHING = Layout({}, frozenset())
+NOTHING = Layout({})
 """What an adapter that is still to come needs at least: a slot."""
 
 
@@ -26,6 +26,7 @@ class _Entry:
 
     Attributes:
         compiled: while it is in host memory.
+        prompt: what it puts in front of every prompt, small enough to stay there.
         placement: while it is on the device or on its way.
         ready: whether the placement is published.
         holds: live requests, waiting or running. pins: running rows.
@@ -38,6 +39,7 @@ class _Entry:
     layout: Layout
     nbytes: int
     compiled: CompiledAdapter | None
+    prompt: Prompt | None = None
     placement: Placement | None = None
     ready: bool = False
     holds: int = 0
@@ -59,7 +61,6 @@ class _Upload:
 
     entry: _Entry
     placement: Placement
-    adapter: CompiledAdapter | None
     error: AdapterError | None
 
 
@@ -104,7 +105,7 @@ class Residency:
             self.pool.check_fits(layout, beside=self._pinned_layouts())
             self._doomed.discard(version)
             if version not in self._entries:
-                self._entries[version] = _Entry(version, folder, layout, compiled.nbytes, compiled)
+                self._entries[version] = _Entry(version, folder, layout, compiled.nbytes, compiled, compiled.prompt)
             self._trim_host(keep=version)
         return compiled
 
@@ -143,6 +144,11 @@ class Residency:
                 return False
             entry.holds += 1
             return True
+
+    def prompt(self, version: str) -> Prompt | None:
+        """What the adapter puts in front of every prompt; None for most, and for an unknown version."""
+        with self._lock:
+            return self._entries[version].prompt if version in self._entries else None
 
     def drop(self, version: str) -> None:
         """A live request ended."""
@@ -187,8 +193,7 @@ class Residency:
                     entry.error = upload.error
                     failed.append((entry.version, upload.error))
                 else:
-                    assert upload.adapter is not None, "a load ends with an adapter or an error"
-                    self.pool.publish(upload.placement, upload.adapter)
+                    self.pool.publish(upload.placement)
                     entry.ready = entry.fresh = True
             for version in [v for v in self._doomed if not self._entries[v].holds]:
                 self._forget(version)
@@ -273,7 +278,7 @@ class Residency:
                 self._trim_host(keep=entry.version)
                 self.loads += 1
                 self.load_seconds += time.perf_counter() - started
-            self._uploads.append(_Upload(entry, placement, adapter, error))
+            self._uploads.append(_Upload(entry, placement, error))
             self._arrived.set()
 
     def _evict(self) -> bool:

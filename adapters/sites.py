@@ -6,13 +6,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from weft.adapters.base import Base
+from weft.adapters.forms import Part
 from weft.adapters.slots import SlotPool
 from weft.kernels.dispatch import backend
+from weft.kernels.grouped_affine import grouped_affine
+from weft.kernels.grouped_delta import grouped_delta
 from weft.kernels.grouped_lora import PackedWeights, grouped_lora, grouped_lora_packed, pack
 from weft.kernels.groups import RowGroups
+from weft.kernels.slot_rows import SlotRows
 
 
 @dataclass
@@ -22,10 +27,12 @@ class ActiveRows:
     Attributes:
         tokens: groups of all tokens of the flat batch; None outside a forward pass.
         logits: groups of the rows whose logits are wanted, for the output embedding.
+        embeddings: tokens of the batch, and vectors that stand for them in place of what the embedding returns.
     """
 
     tokens: RowGroups | None = None
     logits: RowGroups | None = None
+    embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class LinearSite(nn.Module):
@@ -60,31 +67,102 @@ class LinearSite(nn.Module):
         return getattr(self.linear, "bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.linear(x)
         groups = self._rows.logits if self._output else self._rows.tokens
-        if groups is not None and groups.active:
-            self._add_adapters(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), groups)
+        if groups is None or not groups.active:
+            result: torch.Tensor = self.linear(x)
+            return result
+        rows = x.reshape(-1, x.shape[-1])
+        y: torch.Tensor = self.linear(self._gained(rows, groups).view_as(x))
+        self._add_adapters(y.view(-1, y.shape[-1]), rows, groups)
         return y
 
-    def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> None:
-        ranks = self._pool.ranks(self._path)
-        if any(ranks[slot] for slot in groups.active):
-            if backend(y) == "triton":
-                grouped_lora(y, x, self._pool.pages(self._path), groups)
-            else:
-                grouped_lora_packed(y, x, self._packed_for(groups), groups)
-        bias = self._pool.bias(self._path)
-        if bias is not None:
-            order = groups.order.long()
-            y.index_add_(0, order, bias[groups.slots[order].long()])
+    def _gained(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """What W is given: ``x``, or a copy of it where some row's adapter scales it."""
+        gain = self._active(Part.GAIN_IN, groups)
+        if gain is None:
+            return x
+        x = x.clone()
+        grouped_affine(x, gain, None, groups)
+        return x
 
-    def _packed_for(self, groups: RowGroups) -> PackedWeights:
-        """The active slots' weights side by side, kept while neither the slots nor their content change."""
+    def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> None:
+        gain, shift = self._active(Part.GAIN_OUT, groups), self._active(Part.SHIFT, groups)
+        if gain is not None or shift is not None:
+            grouped_affine(y, gain, shift, groups)
+        a, b = self._active(Part.A, groups), self._active(Part.B, groups)
+        if a is not None and b is not None:
+            if backend(y) == "triton":
+                grouped_lora(y, x, a, b, groups)
+            else:
+                grouped_lora_packed(y, x, self._packed_for(a, b, groups), groups)
+        delta = self._active(Part.DELTA, groups)
+        if delta is not None:
+            grouped_delta(y, x, delta, groups)
+
+    def _active(self, part: Part, groups: RowGroups) -> SlotRows | None:
+        """The rows of a part, if some row of the batch has any."""
+        rows = self._pool.rows(self._path, part)
+        return rows if rows is not None and rows.used_by(groups.active) else None
+
+    def _packed_for(self, a: SlotRows, b: SlotRows, groups: RowGroups) -> PackedWeights:
+        """The active slots' factors side by side, kept while neither the slots nor their content change."""
         key = tuple((slot, self._pool.generations[slot]) for slot in groups.active)
         if self._packed is None or key != self._packed_key:
-            self._packed = pack(self._pool.pages(self._path), groups.active)
+            self._packed = pack(a, b, groups.active)
             self._packed_key = key
         return self._packed
+
+
+class NormSite(nn.Module):
+    """A norm of the base, and adapters that have a weight or bias of their own for it."""
+
+    def __init__(self, norm: nn.Module, path: str, pool: SlotPool, rows: ActiveRows) -> None:
+        super().__init__()
+        self.norm = norm
+        self._path = path
+        self._pool = pool
+        self._rows = rows
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's weight, which some models read directly."""
+        return self.norm.get_parameter("weight")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.norm(x)
+        groups = self._rows.tokens
+        own = {part: self._pool.rows(self._path, part) for part in (Part.WEIGHT, Part.BIAS)}
+        if groups is None or not any(own.values()):
+            return y
+        inputs, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        for slot, start, stop in groups.segments:
+            # A norm applies its weight in a way of its own (Gemma's is an offset from 1), so it is asked itself.
+            tensors = {part.value: r.of(slot)[0] for part, r in own.items() if r is not None and r.host_counts[slot]}
+            if tensors:
+                index = groups.order[start:stop].long()
+                outputs.index_copy_(0, index, functional_call(self.norm, tensors, (inputs[index],)))
+        return y
+
+
+class EmbeddingSite(nn.Module):
+    """The token embedding of the base, and virtual tokens, which have no id."""
+
+    def __init__(self, embedding: nn.Module, rows: ActiveRows) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self._rows = rows
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's weight, which some models read directly."""
+        return self.embedding.get_parameter("weight")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        vectors: torch.Tensor = self.embedding(ids)
+        if self._rows.embeddings is not None:
+            places, virtual = self._rows.embeddings
+            vectors.view(-1, vectors.shape[-1]).index_copy_(0, places, virtual.to(vectors.dtype))
+        return vectors
 
 
 def attach_sites(model: PreTrainedModel, base: Base, pool: SlotPool) -> ActiveRows:
@@ -97,4 +175,7 @@ def attach_sites(model: PreTrainedModel, base: Base, pool: SlotPool) -> ActiveRo
     for path in base.sites:
         linear = model.get_submodule(path)
         model.set_submodule(path, LinearSite(linear, path, pool, rows, output=linear is output))
+    for path in base.norms:
+        model.set_submodule(path, NormSite(model.get_submodule(path), path, pool, rows))
+    model.set_input_embeddings(EmbeddingSite(model.get_input_embeddings(), rows))
     return rows

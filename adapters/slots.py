@@ -1,112 +1,83 @@
-"""Device memory for adapters: slots whose weights lie in pages of a few rank rows each.
+"""Device memory for adapters: slots whose tensors lie as rows in pools, one pool for each width.
 
-All sites of one width share a pool of pages, so an adapter takes what its own ranks and targets need: rank 8 beside
-rank 128 costs rank 8, and a site an adapter does not touch costs nothing (S-LoRA's unified paging, by width).
+A low-rank factor is as many rows as its rank, a gain or a bias one row. All sites of one width share a pool, so an
+adapter takes what its own tensors need: rank 8 beside rank 128 costs rank 8, and a site an adapter does not touch costs
+nothing (S-LoRA's unified paging with pages of one row, by width).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from weft.adapters.base import Base
 from weft.adapters.errors import AdapterTooLarge
-from weft.adapters.forms import CompiledAdapter
-from weft.kernels.grouped_lora import RankPages
+from weft.adapters.forms import CompiledAdapter, Part
+from weft.adapters.free_rows import FreeRows
+from weft.kernels.slot_rows import SlotRows
 
-RANK_PAGE = 8
-"""Rank rows in a page: the granularity of memory, and the smallest rank in common use."""
+Place = tuple[str, Part]
+"""A site's path and a part of an adapter there."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What an adapter needs of each site, known without its tensors.
+    """What an adapter needs, known without its tensors.
 
     Attributes:
-        ranks: by site path; sites without a low-rank update are absent.
-        biases: site paths with a bias.
+        rows: how many rows it has at each place; places without any are absent.
     """
 
-    ranks: Mapping[str, int]
-    biases: frozenset[str]
+    rows: Mapping[Place, int]
 
     @classmethod
     def of(cls, adapter: CompiledAdapter) -> Layout:
-        ranks = {path: forms.low_rank.rank for path, forms in adapter.sites.items() if forms.low_rank}
-        return cls(ranks, frozenset(path for path, forms in adapter.sites.items() if forms.bias is not None))
+        return cls(
+            {
+                (path, part): len(rows)
+                for path, forms in adapter.sites.items()
+                for part, rows in forms.parts().items()
+                if len(rows)
+            }
+        )
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an adapter goes: its slot, and per site the pages for A and for B. Nobody else writes there."""
+    """Where an adapter goes: its slot, and its rows in the pools by place. Nobody else writes there."""
 
     slot: int
     layout: Layout
-    a_pages: Mapping[str, list[int]]
-    b_pages: Mapping[str, list[int]]
+    rows: Mapping[Place, list[int]]
 
 
-class _WidthPool:
-    """Pages of rank rows of one width: ``[num_pages, RANK_PAGE, width]`` and which of them are free."""
+class _Pool:
+    """Rows of one width: ``[num_rows, width]`` and which of them are free."""
 
-    def __init__(self, width: int, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.pages = torch.empty(num_pages, RANK_PAGE, width, dtype=dtype, device=device)
-        self.free = list(range(num_pages - 1, -1, -1))
+    def __init__(self, width: int, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows = torch.empty(num_rows, width, dtype=dtype, device=device)
+        self.free = FreeRows(num_rows)
 
-    def take(self, rank: int) -> list[int]:
-        return [self.free.pop() for _ in range(_page_count(rank))]
-
-    def write(self, pages: list[int], rows: torch.Tensor) -> None:
-        """Copy ``rows`` ``[rank, width]`` into ``pages``."""
-        index = torch.tensor(pages)[:, None] * RANK_PAGE + torch.arange(RANK_PAGE)
-        where = index.flatten()[: len(rows)].to(self.pages.device, non_blocking=True)
-        self.pages.flatten(0, 1).index_copy_(0, where, rows.to(self.pages, non_blocking=True))
-
-
-class _SiteTables:
-    """The page tables of one site, by slot; they grow with the largest rank seen."""
-
-    def __init__(self, num_slots: int, a_pool: _WidthPool, b_pool: _WidthPool) -> None:
-        device = a_pool.pages.device
-        self.ranks = [0] * num_slots
-        self.bias: torch.Tensor | None = None  # [num_slots, out], there once an adapter has a bias here
-        self.biased: set[int] = set()
-        empty = torch.zeros(num_slots, 1, dtype=torch.int32, device=device)
-        ranks = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        self.pages = RankPages(a_pool.pages, b_pool.pages, empty, empty.clone(), ranks, max_rank=0)
-
-    def set(self, slot: int, rank: int, a_pages: list[int], b_pages: list[int]) -> None:
-        if len(a_pages) > self.pages.a_pages.shape[1]:
-            self._widen(len(a_pages))
-        for table, pages in ((self.pages.a_pages, a_pages), (self.pages.b_pages, b_pages)):
-            table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device=table.device)
-        self.pages.ranks[slot] = rank
-        self.ranks[slot] = rank
-        self.pages = replace(self.pages, max_rank=max(self.ranks))
-
-    def _widen(self, width: int) -> None:
-        tables = {}
-        for name in ("a_pages", "b_pages"):
-            old = getattr(self.pages, name)
-            tables[name] = old.new_zeros(old.shape[0], width)
-            tables[name][:, : old.shape[1]] = old
-        self.pages = replace(self.pages, **tables)
+    def write(self, where: list[int], rows: torch.Tensor) -> None:
+        """Copy ``rows`` ``[len(where), width]`` to their places."""
+        index = torch.tensor(where).to(self.rows.device, non_blocking=True)
+        self.rows.index_copy_(0, index, rows.to(self.rows, non_blocking=True))
 
 
 class SlotPool:
-    """Slots ``0 .. num_slots - 1``, their pages, and the tables the kernels read.
+    """Slots ``0 .. num_slots - 1``, their rows, and the tables the kernels read.
 
     ``reserve``, ``publish`` and ``free`` belong to the engine's thread, between steps; ``upload`` may run in any
-    thread, because it writes only to pages that no published table names.
+    thread, because it writes only to rows that no published table names.
 
     Args:
-        memory: bytes for rank pages, split between the widths as an adapter on every linear would use them.
+        memory: bytes for rows, split between the widths as low-rank updates of every linear would use them.
 
     Raises:
-        ValueError: ``memory`` does not hold one page for every site.
+        ValueError: ``memory`` does not hold one rank for every site.
     """
 
     def __init__(self, base: Base, *, num_slots: int, memory: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -117,20 +88,14 @@ class SlotPool:
         widths = Counter[int]()
         for site in base.sites.values():
             widths.update((site.in_features, site.out_features))
-        page_bytes = RANK_PAGE * dtype.itemsize
-        per_rank_page = sum(width * count for width, count in widths.items()) * page_bytes
-        copies = memory // per_rank_page
-        if copies < 1:
-            raise ValueError(
-                f"adapter memory of {memory} bytes is below the least useful, {per_rank_page} (rank {RANK_PAGE})"
-            )
-        self._pools = {width: _WidthPool(width, copies * count, dtype, device) for width, count in widths.items()}
-        self.capacity = {width: copies * count for width, count in widths.items()}
-        self.nbytes_total = copies * per_rank_page
-        self._tables = {
-            path: _SiteTables(num_slots, self._pools[site.in_features], self._pools[site.out_features])
-            for path, site in base.sites.items()
-        }
+        per_rank = sum(width * count for width, count in widths.items()) * dtype.itemsize
+        ranks = memory // per_rank
+        if ranks < 1:
+            raise ValueError(f"adapter memory of {memory} bytes is below the least useful, {per_rank} (rank 1)")
+        self.capacity = {width: ranks * count for width, count in widths.items()}
+        self._pools = {width: _Pool(width, count, dtype, device) for width, count in self.capacity.items()}
+        self.nbytes_total = ranks * per_rank
+        self._tables: dict[Place, SlotRows] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._placed: dict[int, Placement] = {}
         self.generations = [0] * num_slots
@@ -163,27 +128,23 @@ class SlotPool:
         if any(taken[w] + n > self.capacity[w] for w, n in need.items()):
             rest = f", {self._nbytes(taken)} of them taken by pinned adapters" if taken else ""
             raise AdapterTooLarge(
-                f"the adapter needs {self._nbytes(need)} bytes of adapter memory in rank pages, of {self.nbytes_total} "
-                f"there are{rest}; raise --adapter-memory",
+                f"the adapter needs {self._nbytes(need)} bytes of adapter memory, of {self.nbytes_total} there are"
+                f"{rest}; raise --adapter-memory",
                 param="adapter_memory",
             )
 
     def reserve(self, layout: Layout) -> Placement | None:
-        """A slot and pages for an adapter, or None when there is no room now."""
+        """A slot and rows for an adapter, or None when there is no room now."""
         need = self._need(layout)
         if not self._free_slots or any(n > len(self._pools[w].free) for w, n in need.items()):
             return None
-        a_pages, b_pages = {}, {}
-        for path, rank in layout.ranks.items():
-            site = self._base.sites[path]
-            a_pages[path] = self._pools[site.in_features].take(rank)
-            b_pages[path] = self._pools[site.out_features].take(rank)
-        placement = Placement(self._free_slots.pop(), layout, a_pages, b_pages)
+        rows = {place: self._pools[self._width(place)].free.take(count) for place, count in layout.rows.items()}
+        placement = Placement(self._free_slots.pop(), layout, rows)
         self._placed[placement.slot] = placement
         return placement
 
     def upload(self, placement: Placement, adapter: CompiledAdapter) -> None:
-        """Copy the adapter's tensors to their pages; returns when they are there. Any thread."""
+        """Copy the adapter's tensors to their rows; returns when they are there. Any thread."""
         if self._stream is None:
             self._write(placement, adapter)
             return
@@ -193,93 +154,81 @@ class SlotPool:
 
     def _write(self, placement: Placement, adapter: CompiledAdapter) -> None:
         for path, forms in adapter.sites.items():
-            if forms.low_rank:
-                site = self._base.sites[path]
-                self._pools[site.in_features].write(placement.a_pages[path], forms.low_rank.a)
-                self._pools[site.out_features].write(placement.b_pages[path], forms.low_rank.b.T)
+            for part, rows in forms.parts().items():
+                if len(rows):
+                    self._pools[self._width((path, part))].write(placement.rows[path, part], rows)
 
-    def publish(self, placement: Placement, adapter: CompiledAdapter) -> None:
+    def publish(self, placement: Placement) -> None:
         """Let the kernels see an uploaded adapter under its slot."""
-        slot = placement.slot
-        self.generations[slot] += 1
-        for path, rank in placement.layout.ranks.items():
-            self._tables[path].set(slot, rank, placement.a_pages[path], placement.b_pages[path])
-        for path in placement.layout.biases:
-            bias = adapter.sites[path].bias
-            assert bias is not None, "the layout says there is one"
-            self._set_bias(path, slot, bias)
-
-    def _set_bias(self, path: str, slot: int, bias: torch.Tensor) -> None:
-        tables = self._tables[path]
-        if tables.bias is None:
-            tables.bias = torch.zeros(self.num_slots, len(bias), dtype=self.dtype, device=self.device)
-        tables.bias[slot] = bias.to(tables.bias)
-        tables.biased.add(slot)
+        self.generations[placement.slot] += 1
+        for place, rows in placement.rows.items():
+            self._set(place, placement.slot, rows)
 
     def free(self, placement: Placement) -> None:
-        """Give back a slot and its pages, published or not."""
+        """Give back a slot and its rows, published or not."""
         slot = placement.slot
         self.generations[slot] += 1
-        for path in placement.layout.ranks:
-            site = self._base.sites[path]
-            self._pools[site.in_features].free.extend(placement.a_pages[path])
-            self._pools[site.out_features].free.extend(placement.b_pages[path])
-            self._tables[path].set(slot, 0, [], [])
-        for path in placement.layout.biases:
-            self._clear_bias(path, slot)
+        given_back: dict[int, list[int]] = {}
+        for place, rows in placement.rows.items():
+            given_back.setdefault(self._width(place), []).extend(rows)
+            if place in self._tables:
+                self._set(place, slot, [])
+        for width, rows in given_back.items():
+            self._pools[width].free.give_back(rows)
         del self._placed[slot]
         self._free_slots.append(slot)
 
-    def _clear_bias(self, path: str, slot: int) -> None:
-        tables = self._tables[path]
-        tables.biased.discard(slot)
-        if not tables.biased:
-            tables.bias = None
-        elif tables.bias is not None:
-            tables.bias[slot] = 0
+    def rows(self, path: str, part: Part) -> SlotRows | None:
+        """The rows of every slot at one place, for the kernels; None while no slot has any."""
+        return self._tables.get((path, part))
 
-    def pages(self, path: str) -> RankPages:
-        """The page tables of a site, for the kernels."""
-        return self._tables[path].pages
+    def _set(self, place: Place, slot: int, rows: list[int]) -> None:
+        """Name the rows of a slot in the table of a place, which is there while some slot has rows."""
+        old = self._tables.get(place)
+        counts = list(old.host_counts) if old else [0] * self.num_slots
+        counts[slot] = len(rows)
+        if not any(counts):
+            self._tables.pop(place, None)
+            return
+        if old is None:
+            table = torch.zeros(self.num_slots, len(rows), dtype=torch.int32, device=self.device)
+        else:
+            table = old.table
+            if len(rows) > table.shape[1]:
+                table = torch.nn.functional.pad(table, (0, len(rows) - table.shape[1]))
+        device_counts = old.counts if old else torch.zeros(self.num_slots, dtype=torch.int32, device=self.device)
+        table[slot, : len(rows)] = torch.tensor(rows, dtype=torch.int32).to(self.device)
+        device_counts[slot] = len(rows)
+        pool = self._pools[self._width(place)].rows
+        self._tables[place] = SlotRows(pool, table, device_counts, tuple(counts))
 
-    def ranks(self, path: str) -> list[int]:
-        """True rank at a site by slot, on the host; 0 where a slot has none."""
-        return self._tables[path].ranks
-
-    def bias(self, path: str) -> torch.Tensor | None:
-        """``[num_slots, out]`` biases of a site, zero where a slot has none; None while no adapter has one here."""
-        return self._tables[path].bias
+    def _width(self, place: Place) -> int:
+        path, part = place
+        site = self._base.module(path)
+        assert site is not None, f"{path} is not a module of the base that adapters attach to"
+        return site.in_features if part.of_input else site.out_features
 
     def _need(self, layout: Layout) -> Counter[int]:
-        """Pages by width."""
+        """Rows by width."""
         need = Counter[int]()
-        for path, rank in layout.ranks.items():
-            site = self._base.sites[path]
-            need[site.in_features] += _page_count(rank)
-            need[site.out_features] += _page_count(rank)
+        for place, count in layout.rows.items():
+            need[self._width(place)] += count
         return need
 
-    def _nbytes(self, pages: Counter[int]) -> int:
-        return sum(width * count for width, count in pages.items()) * RANK_PAGE * self.dtype.itemsize
+    def _nbytes(self, rows: Counter[int]) -> int:
+        return sum(width * count for width, count in rows.items()) * self.dtype.itemsize
 
     def check_integrity(self) -> None:
-        """Every page is free or placed, once.
+        """Every row is free or placed, once.
 
         Raises:
-            AssertionError: naming the width.
+            AssertionError: a row is lost or held twice.
         """
-        placed: dict[int, list[int]] = {width: [] for width in self._pools}
+        taken: dict[int, list[int]] = {width: [] for width in self._pools}
         for placement in self._placed.values():
-            for path in placement.layout.ranks:
-                site = self._base.sites[path]
-                placed[site.in_features] += placement.a_pages[path]
-                placed[site.out_features] += placement.b_pages[path]
-        for width, pool in self._pools.items():
-            held = sorted(placed[width] + pool.free)
-            assert held == list(range(self.capacity[width])), f"pages of width {width} are lost or held twice"
+            for place, rows in placement.rows.items():
+                taken[self._width(place)] += rows
+        for width, rows in taken.items():
+            self._pools[width].free.check_tiles(rows)
         slots = sorted([*self._placed, *self._free_slots])
         assert slots == list(range(self.num_slots)), "slots are lost or held twice"
-
-
-def _page_count(rank: int) -> int:
-    return -(-rank // RANK_PAGE)

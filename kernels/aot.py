@@ -21,6 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from weft.kernels.grouped_affine import triton as affine
+from weft.kernels.grouped_delta import triton as delta
 from weft.kernels.grouped_lora import triton as lora
 from weft.kernels.paged_attention import triton as attention
 
@@ -32,12 +34,13 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
 }
 POINTERS = {
-    **dict.fromkeys(("pages", "ranks", "order", "tiles", "query_starts", "context_lens", "page_table"), "*i32"),
+    **dict.fromkeys(("table", "counts", "ranks", "order", "tiles", "slots", "query_starts", "context_lens"), "*i32"),
+    **dict.fromkeys(("gain_table", "gain_counts", "shift_table", "shift_counts", "page_table"), "*i32"),
     "slot_mapping": "*i64",
     "planes": "*fp32",
 }
 SCALARS = {"score_scale": "fp32", "softcap_scale": "fp32"}
-VALUES = ("x", "a", "y", "b", "q", "k", "v", "k_cache", "v_cache", "out", "sinks")
+VALUES = ("x", "a", "y", "b", "q", "k", "v", "k_cache", "v_cache", "out", "sinks", "gain", "shift", "delta")
 # Arguments that are multiples of 16 at the widths models have; the launch specializes on it.
 MULTIPLES = ("width", "split_width", "x_stride", "y_stride", "q_token_stride", "q_head_stride", "k_token_stride")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -66,10 +69,15 @@ class Usage:
 def variants() -> Iterator[Variant]:
     """Every kernel, with the block sizes and features that its launch picks from."""
     for dtype, rank, rows in (("bf16", 64, 16), ("bf16", 16, 32), ("fp16", 16, 16), ("fp32", 256, 16)):
-        shrink = lora.shrink_config(DTYPES[dtype], 16, rank, rows)
-        expand = lora.expand_config(DTYPES[dtype], 16, rank, rows)
+        shrink = lora.shrink_config(DTYPES[dtype], rank, rows)
+        expand = lora.expand_config(DTYPES[dtype], rank, rows)
         yield Variant(f"shrink rank {rank} rows {rows}", lora.shrink_kernel, dtype, shrink)
         yield Variant(f"expand rank {rank} rows {rows}", lora.expand_kernel, dtype, expand)
+    for dtype, rows in (("bf16", 16), ("bf16", 32), ("fp16", 16), ("fp32", 16)):
+        yield Variant(f"delta rows {rows}", delta.delta_kernel, dtype, delta.delta_config(DTYPES[dtype], rows))
+    for dtype in DTYPES:
+        has = {"HAS_GAIN": True, "HAS_SHIFT": True}
+        yield Variant("affine", affine.affine_kernel, dtype, affine.affine_config(DTYPES[dtype]) | has)
     for dtype, group, width, longest, features in (
         ("bf16", 4, 128, 4, ()),
         ("bf16", 4, 128, 2048, ("HAS_WINDOW",)),

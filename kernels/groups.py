@@ -74,6 +74,21 @@ class RowGroups:
         """Tiles of all slots together: the grid of a grouped kernel."""
         return self.tiles.shape[0]
 
+    def rows_of(self, slots: tuple[int, ...]) -> Tensor | slice | None:
+        """The rows of some of the active slots, ascending; a slice where they are adjacent, None where there are none.
+
+        Waits for the device: for the CPU paths.
+        """
+        return self.plan(("rows", slots), lambda: self._rows_of(frozenset(slots)))
+
+    def _rows_of(self, slots: frozenset[int]) -> Tensor | slice | None:
+        parts = [self.order[start:stop] for slot, start, stop in self.segments if slot in slots]
+        if not parts:
+            return None
+        rows = torch.cat(parts).long().sort().values
+        first, last = int(rows[0]), int(rows[-1])
+        return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+
     def plan(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` returned for `key` this step: sites that need the same plan share one."""
         if key not in self._plans:

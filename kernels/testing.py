@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weft.kernels.grouped_lora import RankPages
 from weft.kernels.paged_attention import AttentionRows
+from weft.kernels.slot_rows import SlotRows
 
 # (relative, absolute) difference allowed between two implementations of one op on inputs of unit scale. A 16-bit result
 # may differ by one rounding of the result and one of an intermediate.
@@ -45,31 +45,27 @@ def sample_slots(popularity: Popularity, rows: int, rng: np.random.Generator) ->
     return [int(s) for s in rng.choice(rows, rows, p=weights / weights.sum())]
 
 
-def random_pages(
-    ranks: Sequence[int], width_in: int, width_out: int, dtype: torch.dtype, *, page: int = 8, seed: int = 0
-) -> RankPages:
-    """Low-rank weights of one site with `ranks` per slot, pages in random order; every row not in use is NaN."""
-    rng, gen = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    counts = [-(-rank // page) for rank in ranks]
-    pool_pages, columns = sum(counts) + 2, max([*counts, 1])
+def random_rows(
+    counts: Sequence[int], width: int, dtype: torch.dtype, *, scale: float = 1.0, seed: int = 0
+) -> SlotRows:
+    """Normal rows of size `scale`, `counts` of them per slot, in random places; every row not in use is NaN."""
+    gen = torch.Generator().manual_seed(seed)
+    total = sum(counts)
+    pool = torch.full((total + 2, width), float("nan"), dtype=dtype)
+    places = torch.randperm(total + 2, generator=gen)
+    pool[places[:total]] = (torch.randn(total, width, generator=gen) * scale).to(dtype)
+    table = torch.full((len(counts), max([*counts, 1])), int(places[-1]), dtype=torch.int32)
+    for slot, mine in enumerate(places[:total].split(list(counts))):
+        table[slot, : len(mine)] = mine.sort().values
+    return SlotRows(pool, table, torch.tensor(counts, dtype=torch.int32), tuple(counts))
 
-    def pool(width: int) -> tuple[Tensor, Tensor]:
-        values = torch.full((pool_pages, page, width), float("nan"), dtype=dtype)
-        free = rng.permutation(pool_pages)
-        tables = torch.full((len(ranks), columns), int(free[-1]), dtype=torch.int32)
-        for slot, (rank, count) in enumerate(zip(ranks, counts, strict=True)):
-            mine, free = free[:count], free[count:]
-            tables[slot, :count] = torch.from_numpy(mine.astype(np.int32))
-            for j in range(rank):
-                # Scaled so that a product of unit rows is of unit scale.
-                values[int(mine[j // page]), j % page] = torch.randn(width, generator=gen).to(dtype)
-        return values, tables
 
-    a_pool, a_pages = pool(width_in)
-    b_pool, b_pages = pool(width_out)
-    a_pool *= width_in**-0.5
-    b_pool *= max([*ranks, 1]) ** -0.5
-    return RankPages(a_pool, b_pool, a_pages, b_pages, torch.tensor(ranks, dtype=torch.int32), max([*ranks, 0]))
+def random_factors(
+    ranks: Sequence[int], width_in: int, width_out: int, dtype: torch.dtype, *, seed: int = 0
+) -> tuple[SlotRows, SlotRows]:
+    """Low-rank factors (a, b) with `ranks` per slot, scaled so that an update of unit rows is of unit scale."""
+    a = random_rows(ranks, width_in, dtype, scale=width_in**-0.5, seed=seed)
+    return a, random_rows(ranks, width_out, dtype, scale=max([*ranks, 1]) ** -0.5, seed=seed + 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """Every method weft serves, one file each: config and tensors in, forms out.
 
-To add one: write ``methods/<name>.py`` with ``compile_sites(checkpoint, base, dtype)``, name it in ``METHODS``, and
-test it against peft. The loader classifies every config field of the method in a ``FieldTable`` and takes every tensor;
-``checkpoint.finish()`` refuses what is left.
+To add one: write ``methods/<name>.py`` with ``compile_sites(checkpoint, base)``, name it in ``METHODS``, and test it
+against peft. The loader classifies every config field of the method in a ``FieldTable`` and takes every tensor; what is
+left is refused here.
 """
 
 from __future__ import annotations
@@ -19,17 +19,58 @@ from weft.adapters.base import Base
 from weft.adapters.checkpoint import Checkpoint, read_checkpoint
 from weft.adapters.config_fields import show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
-from weft.adapters.forms import CompiledAdapter, SiteForms
+from weft.adapters.forms import CompiledAdapter, Prompt, SiteForms
+from weft.adapters.methods.common import cast_forms, cast_prompt, take_base_copies
 
-METHODS: Mapping[str, str] = MappingProxyType({"LORA": "lora"})
+METHODS: Mapping[str, str] = MappingProxyType(
+    {
+        "LORA": "lora",
+        "ADALORA": "adalora",
+        "IA3": "ia3",
+        "VERA": "vera",
+        "PVERA": "pvera",
+        "LOHA": "loha",
+        "LOKR": "lokr",
+        "HRA": "hra",
+        "MISS": "miss",
+        "DELORA": "delora",
+        "GRALORA": "gralora",
+        "RANDLORA": "randlora",
+        "HIRA": "hira",
+        "DEFT": "deft",
+        "SHIRA": "shira",
+        "FOURIERFT": "fourierft",
+        "C3A": "c3a",
+        "BEFT": "beft",
+        "VBLORA": "vblora",
+        "SUPERTUNING": "supertuning",
+        "WAVEFT": "waveft",
+        "GLORA": "glora",
+        "FROD": "frod",
+        "UNILORA": "unilora",
+        "OSF": "osf",
+        "PSOFT": "psoft",
+        "TINYLORA": "tinylora",
+        "LN_TUNING": "ln_tuning",
+    }
+)
 """peft_type to the module of this package that serves it; imported when first used."""
 
 
-class Method(Protocol):
-    """What a module of this package offers."""
+PROMPT_METHODS: Mapping[str, str] = MappingProxyType(
+    {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "p_tuning"}
+)
+"""Likewise, of the methods that put something in front of the prompt."""
 
-    def compile_sites(self, checkpoint: Checkpoint, base: Base, dtype: torch.dtype) -> dict[str, SiteForms]:
-        """Forms by module path, in ``dtype`` on the CPU; every field and tensor of ``checkpoint`` used."""
+
+class Method(Protocol):
+    """What a module of this package offers: one of the two, all tensors in fp32 on the CPU."""
+
+    def compile_sites(self, checkpoint: Checkpoint, base: Base) -> Mapping[str, SiteForms]:
+        """Forms by module path; every field and tensor of ``checkpoint`` used."""
+
+    def compile_prompt(self, checkpoint: Checkpoint, base: Base) -> Prompt:
+        """What stands in front of the prompt; every field and tensor of ``checkpoint`` used."""
 
 
 def compile_adapter(folder: Path, base: Base, *, version: str, dtype: torch.dtype | None = None) -> CompiledAdapter:
@@ -46,9 +87,18 @@ def compile_adapter(folder: Path, base: Base, *, version: str, dtype: torch.dtyp
     peft_type = checkpoint.config.text("peft_type")
     if peft_type is None:
         raise AdapterFormatError("adapter_config.json names no peft_type; is it saved by peft?", param="peft_type")
-    if peft_type not in METHODS:
-        served = ", ".join(METHODS)
+    modules = {**METHODS, **PROMPT_METHODS}
+    if peft_type not in modules:
+        served = ", ".join(modules)
         raise AdapterUnsupported(f"peft_type {show(peft_type)} is not served; these are: {served}", param="peft_type")
-    method = cast(Method, import_module(f"{__name__}.{METHODS[peft_type]}"))
-    sites = method.compile_sites(checkpoint, base, dtype or base.dtype)
-    return CompiledAdapter(version=version, method=peft_type, sites=sites)
+    method = cast(Method, import_module(f"{__name__}.{modules[peft_type]}"))
+    dtype = dtype or base.dtype
+    if peft_type in PROMPT_METHODS:
+        prompt = method.compile_prompt(checkpoint, base)
+        checkpoint.finish()
+        return CompiledAdapter(version=version, method=peft_type, sites={}, prompt=cast_prompt(prompt, dtype))
+    sites = method.compile_sites(checkpoint, base)
+    take_base_copies(checkpoint, base)
+    checkpoint.finish()
+    forms = {path: cast_forms(form, dtype, path) for path, form in sites.items()}
+    return CompiledAdapter(version=version, method=peft_type, sites=forms)

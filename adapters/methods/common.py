@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
-from weft.adapters.base import Base
+from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint, is_finite
 from weft.adapters.config_fields import ConfigFields, FieldTable, show
-from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
+from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported, BaseWeightsNeeded
+from weft.adapters.forms import LowRank, PrefixKV, Prompt, SiteForms, SoftPrompt
+from weft.adapters.methods.targets import Selector, targeted_sites
 
 PREFIX = "base_model.model."
 """Before the module's path in every tensor name peft writes."""
@@ -29,6 +33,143 @@ def check_task(config: ConfigFields) -> None:
     task = config.text("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise AdapterUnsupported(f"task_type={show(task)} is not served: only CAUSAL_LM generates", param="task_type")
+
+
+def method_sites(
+    checkpoint: Checkpoint, base: Base, fields: FieldTable, defaults: Mapping[str, Selector]
+) -> list[Site]:
+    """The sites a config adapts, once all its fields were checked: how the loaders of linear methods begin.
+
+    Args:
+        fields: every field the method's config can have.
+        defaults: the method's own targets by model type, for a config that names none.
+    """
+    check_task(checkpoint.config)
+    checkpoint.config.check(fields)
+    return targeted_sites(checkpoint.config, base, defaults)
+
+
+def site_tensor(checkpoint: Checkpoint, site: Site, part: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """One of a site's tensors, in fp32, e.g. ``part="hada_w1_a"``.
+
+    Raises:
+        AdapterMismatch: it is missing, or of another shape.
+    """
+    return checkpoint.tensors.take(f"{PREFIX}{site.path}.{part}", shape).float()
+
+
+def cast_forms(forms: SiteForms, dtype: torch.dtype, path: str) -> SiteForms:
+    """The same forms in ``dtype``, contiguous.
+
+    Raises:
+        AdapterFormatError: a value is beyond the range of ``dtype``.
+    """
+
+    def cast(tensor: torch.Tensor | None, what: str) -> torch.Tensor | None:
+        return None if tensor is None else cast_finite(tensor, dtype, f"{path} ({what})")
+
+    low_rank = None
+    if forms.low_rank is not None:
+        a, b = cast(forms.low_rank.a, "A"), cast(forms.low_rank.b, "B")
+        assert a is not None and b is not None, "a low-rank form has both factors"
+        low_rank = LowRank(a, b)
+    names = ("gain_in", "gain_out", "shift", "delta", "weight", "bias")
+    others = {name: cast(getattr(forms, name), name) for name in names}
+    return SiteForms(low_rank, **others)
+
+
+def cast_prompt(prompt: Prompt, dtype: torch.dtype) -> Prompt:
+    """The same prompt in ``dtype``.
+
+    Raises:
+        AdapterFormatError: a value is beyond the range of ``dtype``.
+    """
+    if isinstance(prompt, SoftPrompt):
+        return SoftPrompt(cast_finite(prompt.embeddings, dtype, "prompt_embeddings"))
+    keys, values = (
+        tuple(cast_finite(tensor, dtype, "prompt_embeddings") for tensor in tensors)
+        for tensors in (prompt.keys, prompt.values)
+    )
+    return PrefixKV(keys, values, prompt.position_offset)
+
+
+def take_saved_modules(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
+    """The modules that ``modules_to_save`` replaces, by path: norms, and linear layers as the difference they make.
+
+    peft replaces every module whose path ends with one of the names, dot or no dot, and saves its tensors whole.
+
+    Raises:
+        AdapterUnsupported: such a module is of another kind.
+        AdapterMismatch: no module is called so, or one of its tensors is missing.
+    """
+    names = checkpoint.config.names("modules_to_save")
+    if not names:
+        return {}
+    endings = (names,) if isinstance(names, str) else names
+    chosen = tuple(path for path in base.module_paths if path.endswith(endings))
+    if not chosen:
+        raise AdapterMismatch(f"modules_to_save={show(names)} names no module of the base", param="modules_to_save")
+    forms = {}
+    for path in dict.fromkeys(p for top in chosen for p in base.module_paths if p == top or p.startswith(f"{top}.")):
+        site = base.module(path)
+        if site is not None:
+            forms[path] = _saved_module(checkpoint, base, site)
+        elif f"{path}.weight" in base.parameters:
+            raise AdapterUnsupported(
+                f"modules_to_save replaces {show(path)}, which is neither a linear layer nor a norm",
+                param="modules_to_save",
+            )
+    return forms
+
+
+def check_apart(saved: Mapping[str, SiteForms], sites: Sequence[Site]) -> None:
+    """Raise AdapterUnsupported where a module is both replaced and adapted."""
+    both = next((site.path for site in sites if site.path in saved), None)
+    if both is not None:
+        raise AdapterUnsupported(
+            f"modules_to_save replaces {show(both)}, which is also adapted", param="modules_to_save"
+        )
+
+
+def _saved_module(checkpoint: Checkpoint, base: Base, site: Site) -> SiteForms:
+    def saved(name: str) -> torch.Tensor:
+        shape = tuple(base.parameters[f"{site.path}.{name}"].shape)
+        return checkpoint.tensors.take(f"{PREFIX}{site.path}.{name}", shape).float()
+
+    weight, bias = saved("weight"), saved("bias") if site.has_bias else None
+    if site.kind == "norm":
+        return SiteForms(weight=weight, bias=bias)
+    own = base.bias(site)
+    weight = weight.T if site.kind == "conv1d" else weight
+    return SiteForms(delta=weight - base.weight(site), shift=None if bias is None or own is None else bias - own)
+
+
+def take_biases(checkpoint: Checkpoint, base: Base, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
+    """The trained biases of a config with ``bias="all"`` or ``"lora_only"``, fp32 by path; empty with ``"none"``.
+
+    peft saves them whole, under the adapted module's ``base_layer`` or under the module itself. It looks at the end of
+    ``lora_only`` alone, because every method has its own word before it.
+
+    Raises:
+        AdapterUnsupported: a bias that is neither a linear layer's nor a norm's was trained.
+    """
+    mode = checkpoint.config.value("bias", "none")
+    if mode == "none":
+        return {}
+    targeted = {site.path for site in sites}
+    if mode != "all" and not (isinstance(mode, str) and mode.endswith("_only")):
+        raise AdapterFormatError(f"bias must be none, all or the method's ..._only, got {show(mode)}", param="bias")
+    biases = {}
+    for name in checkpoint.tensors.left:
+        path = name.removeprefix(PREFIX).removesuffix(".bias").removesuffix(".base_layer")
+        if not name.endswith(".bias") or ".lora_" in name:
+            continue
+        site = base.module(path)
+        if site is None or not site.has_bias:
+            raise AdapterUnsupported(f"{show(name)} replaces the bias of another kind of module", param="bias")
+        if mode == "all" or path in targeted:
+            biases[path] = checkpoint.tensors.take(name, (site.out_features,)).float()
+    return biases
 
 
 def cast_finite(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -58,7 +199,7 @@ def take_base_copies(checkpoint: Checkpoint, base: Base) -> None:
             continue
         copy = checkpoint.tensors.take(name)
         if parameter.is_meta:
-            raise AdapterUnsupported(f"{show(name)} can only be compared with a base that is loaded", param=name)
+            raise BaseWeightsNeeded(f"{show(name)} can only be compared with a base that is loaded", param=name)
         if copy.shape != parameter.shape or not torch.equal(copy.to(parameter.dtype), parameter.cpu()):
             raise AdapterUnsupported(
                 f"{show(name)} replaces a weight of the base by another one, which is not served", param=name

@@ -1,11 +1,10 @@
-"""LoRA (arXiv 2106.09685) as peft has it: y += s · (B (A x) + b) with s = α / r, or α / √r (rsLoRA)."""
+"""LoRA (arXiv 2106.09685) as peft has it: y += s · (B (A x) + b) with s = α / r, or α / √r (rsLoRA); and DoRA."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,52 +13,23 @@ from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, Neutral, as_integer, as_number, show
 from weft.adapters.errors import AdapterMismatch, AdapterUnsupported
 from weft.adapters.forms import LowRank, SiteForms
-from weft.adapters.methods.common import COMMON_FIELDS, PREFIX, cast_finite, check_task, take_base_copies
-from weft.adapters.methods.targets import TARGET_FIELDS, match_patterns, targeted_sites
+from weft.adapters.methods import defaults
+from weft.adapters.methods.common import (
+    COMMON_FIELDS,
+    PREFIX,
+    check_apart,
+    method_sites,
+    take_biases,
+    take_saved_modules,
+)
+from weft.adapters.methods.targets import TARGET_FIELDS, match_patterns
 
 MAX_RANK = 1 << 14
-
-DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "gpt2": ("c_attn",),
-        "bloom": ("query_key_value",),
-        "opt": ("q_proj", "v_proj"),
-        "gptj": ("q_proj", "v_proj"),
-        "gpt_neox": ("query_key_value",),
-        "gpt_neo": ("q_proj", "v_proj"),
-        "llama": ("q_proj", "v_proj"),
-        "gpt_bigcode": ("c_attn",),
-        "mpt": ("Wqkv",),
-        "falcon": ("query_key_value",),
-        "codegen": ("qkv_proj",),
-        "mistral": ("q_proj", "v_proj"),
-        "mixtral": ("q_proj", "v_proj"),
-        "stablelm": ("q_proj", "v_proj"),
-        "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-        "gemma": ("q_proj", "v_proj"),
-        "gemma2": ("q_proj", "v_proj"),
-        "gemma3_text": ("q_proj", "v_proj"),
-        "qwen2": ("q_proj", "v_proj"),
-        "qwen3": ("q_proj", "v_proj"),
-    }
-)
-"""peft's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, of causal language models."""
 
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base weights as they are."""
 
-FIELDS = COMMON_FIELDS | FieldTable(
-    honoured=(
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "lora_bias",
-        "init_lora_weights",
-        "ensure_weight_tying",
-        *TARGET_FIELDS,
-    ),
+SHARED_FIELDS = COMMON_FIELDS | FieldTable(
     ignored={
         "corda_config": "only read with init_lora_weights='corda', which is refused",
         "eva_config": "how A was initialised before training",
@@ -73,11 +43,9 @@ FIELDS = COMMON_FIELDS | FieldTable(
     neutral={
         "alora_invocation_tokens": Neutral("an activated LoRA starts in the middle of the prompt"),
         "arrow_config": Neutral("Arrow routes every token between several adapters"),
-        "bias": Neutral("trained biases replace those of the base", also=("none",)),
         "kasa_config": Neutral("KaSA removes singular values from the base weight"),
         "layer_replication": Neutral("it changes the depth of the base"),
         "megatron_config": Neutral("the adapter was trained on Megatron's own layers"),
-        "modules_to_save": Neutral("fully trained modules replace those of the base"),
         "monteclora_config": Neutral("MonteCLoRA's sampler is saved with the adapter"),
         "target_parameters": Neutral("it adapts parameters outside linear layers"),
         "trainable_token_indices": Neutral("trained token embeddings replace those of the base"),
@@ -86,6 +54,24 @@ FIELDS = COMMON_FIELDS | FieldTable(
         "use_qalora": Neutral("QA-LoRA pools the input in groups"),
         "velora_config": Neutral("VeLoRA saves further tensors"),
     },
+)
+"""Fields of LoraConfig that mean the same to the methods that inherit it."""
+
+FIELDS = SHARED_FIELDS.without("use_dora") | FieldTable(
+    honoured=(
+        "r",
+        "modules_to_save",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "lora_bias",
+        "init_lora_weights",
+        "ensure_weight_tying",
+        *TARGET_FIELDS,
+    ),
 )
 """Every field of peft 0.21.2's LoraConfig."""
 
@@ -118,36 +104,70 @@ class _Scaling:
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def compile_sites(checkpoint: Checkpoint, base: Base, dtype: torch.dtype) -> dict[str, SiteForms]:
-    """See ``Method.compile_sites``. The scale is folded into B (and b) in fp32, then both are cast once."""
+def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
+    """See ``Method.compile_sites``. Every scale is folded into the factors."""
     config = checkpoint.config
-    check_task(config)
-    config.check(FIELDS)
+    sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
     _check_init(config)
-    sites = targeted_sites(config, base, DEFAULT_TARGETS)
     _check_tying(config, sites, base)
     scaling = _Scaling.read(config, sites)
-    with_bias = config.flag("lora_bias")
+    with_bias, dora = config.flag("lora_bias"), config.flag("use_dora")
+    if with_bias and dora:
+        raise AdapterUnsupported("lora_bias with use_dora is not defined, nor does peft make it", param="lora_bias")
     _check_names(checkpoint, sites, base)
-    forms = {site.path: _site_forms(checkpoint, site, *scaling.of(site), with_bias, dtype) for site in sites}
-    take_base_copies(checkpoint, base)
-    checkpoint.finish()
-    return forms
+    biases = take_biases(checkpoint, base, sites)
+    forms = take_saved_modules(checkpoint, base)
+    check_apart(forms, sites)
+    for site in sites:
+        form = _site_forms(checkpoint, site, *scaling.of(site), with_bias)
+        if dora:
+            form = _rescaled(form, _magnitude(checkpoint, site), base, site)
+        forms[site.path] = form
+    return with_biases(forms, biases, base)
 
 
-def _site_forms(
-    checkpoint: Checkpoint, site: Site, rank: int, scale: float, with_bias: bool, dtype: torch.dtype
-) -> SiteForms:
-    a_name, b_name = (_name(checkpoint, site, part, "weight") for part in ("lora_A", "lora_B"))
-    a = checkpoint.tensors.take(a_name, (rank, site.in_features))
-    b = checkpoint.tensors.take(b_name, (site.out_features, rank))
-    bias = None
+def _site_forms(checkpoint: Checkpoint, site: Site, rank: int, scale: float, with_bias: bool) -> SiteForms:
+    a = checkpoint.tensors.take(_name(checkpoint, site, "lora_A", "weight"), (rank, site.in_features)).float()
+    b = checkpoint.tensors.take(_name(checkpoint, site, "lora_B", "weight"), (site.out_features, rank)).float()
+    shift = None
     if with_bias:
-        bias_name = _name(checkpoint, site, "lora_B", "bias")
-        bias = checkpoint.tensors.take(bias_name, (site.out_features,))
-        bias = cast_finite(bias.float() * scale, dtype, bias_name)
-    low_rank = LowRank(cast_finite(a, dtype, a_name), cast_finite(b.float() * scale, dtype, b_name))
-    return SiteForms(low_rank=low_rank, bias=bias)
+        name = _name(checkpoint, site, "lora_B", "bias")
+        shift = checkpoint.tensors.take(name, (site.out_features,)).float() * scale
+    return SiteForms(LowRank(a, b * scale), shift=shift)
+
+
+def _magnitude(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
+    """DoRA's trained norm of each output; older files call the module and not its tensor."""
+    name = f"{PREFIX}{site.path}.lora_magnitude_vector"
+    named = next((n for n in (name, f"{name}.weight", f"{name}.default.weight") if n in checkpoint.tensors), name)
+    return checkpoint.tensors.take(named, (site.out_features,)).float()
+
+
+def _rescaled(forms: SiteForms, magnitude: torch.Tensor, base: Base, site: Site) -> SiteForms:
+    """DoRA (arXiv 2402.09353): y = g ⊙ ((W + s B A) x) + b0 with g = m / ‖W + s B A‖, by rows of the sum.
+
+    g is the same for every input, so it is computed here, once: a gain of the base's output that spares its bias, and
+    a factor of B.
+    """
+    assert forms.low_rank is not None
+    low_rank = forms.low_rank
+    gain = magnitude / (base.weight(site) + low_rank.b @ low_rank.a).norm(dim=1)
+    bias = base.bias(site)
+    shift = None if bias is None else bias - gain * bias
+    return SiteForms(LowRank(low_rank.a, gain[:, None] * low_rank.b), gain_out=gain, shift=shift)
+
+
+def with_biases(forms: Mapping[str, SiteForms], biases: Mapping[str, torch.Tensor], base: Base) -> dict[str, SiteForms]:
+    """Forms whose output has the trained ``biases`` where it had the base's own."""
+    result = dict(forms)
+    for path, bias in biases.items():
+        if path in base.norms:
+            result[path] = SiteForms(bias=bias)
+            continue
+        form, own = result.get(path, SiteForms()), base.bias(base.sites[path])
+        assert own is not None, "only biases of the base are trained"
+        result[path] = replace(form, shift=bias - own if form.shift is None else bias - own + form.shift)
+    return result
 
 
 def _name(checkpoint: Checkpoint, site: Site, part: str, kind: str) -> str:

@@ -14,19 +14,28 @@ ALL_LINEAR = "all-linear"
 LONG_LIST = 20
 """From this many target_modules on, peft replaces them by fewer, shorter ones (MIN_TARGET_MODULES_FOR_OPTIMIZATION)."""
 
+PATTERN_KEY = r"(.*\.)?({})$"
+"""How peft's ``get_pattern_key`` completes a key of a ``rank_pattern``."""
+
+DOTTED_KEY = r".*\.{}$"
+"""How FourierFT and C3A do."""
+
 Selector = str | tuple[str, ...]
 """A regular expression for the whole path, or names that must equal it or end it after a dot."""
 
 
-def targeted_sites(config: ConfigFields, base: Base, defaults: Mapping[str, Selector]) -> list[Site]:
+def targeted_sites(
+    config: ConfigFields, base: Base, defaults: Mapping[str, Selector], *, norms: bool = False
+) -> list[Site]:
     """The sites the config adapts, in the base's order.
 
     Args:
         defaults: the method's own targets by model type, for a config that names none.
+        norms: the method adapts norms, not linear layers.
 
     Raises:
         AdapterFormatError: the fields contradict each other or hold a bad pattern.
-        AdapterUnsupported: a target is not a linear layer.
+        AdapterUnsupported: a target is of another kind.
         AdapterMismatch: no module of the base is targeted.
     """
     targets = config.names("target_modules")
@@ -53,10 +62,12 @@ def targeted_sites(config: ConfigFields, base: Base, defaults: Mapping[str, Sele
         raise AdapterMismatch(
             f"target_modules={show(targets)} selects no module of this {base.model_type} model", param="target_modules"
         )
-    return [_site(path, base) for path in paths]
+    return [_site(path, base, norms) for path in paths]
 
 
-def match_patterns(patterns: Mapping[str, object], sites: Sequence[Site], param: str) -> dict[str, object]:
+def match_patterns(
+    patterns: Mapping[str, object], sites: Sequence[Site], param: str, *, key_format: str = PATTERN_KEY
+) -> dict[str, object]:
     """The value for each site's path in a ``rank_pattern`` or ``alpha_pattern``, where one applies.
 
     A key applies to paths it matches, or the end of which after a dot; of several the first (``get_pattern_key``).
@@ -74,17 +85,16 @@ def match_patterns(patterns: Mapping[str, object], sites: Sequence[Site], param:
     first = dict.fromkeys(texts, len(keys))
     for ending, indices in plain.items():
         ended = [text for text in texts if text.endswith(ending)]
-        _keep_first(first, ended, [keys[i] for i in indices], indices, param, plain=True)
+        _keep_first(first, ended, [key_format.format(keys[i]) for i in indices], indices, param, plain=True)
     if slow:
-        _keep_first(first, texts, [keys[i] for i in slow], slow, param, plain=False)
+        _keep_first(first, texts, [key_format.format(keys[i]) for i in slow], slow, param, plain=False)
     return {text: patterns[keys[index]] for text, index in first.items() if index < len(keys)}
 
 
 def _keep_first(
     first: dict[str, int], texts: list[str], keys: list[str], indices: list[int], param: str, *, plain: bool
 ) -> None:
-    wrapped = [rf"(.*\.)?({key})$" for key in keys]
-    for text, hit in zip(texts, first_matches(wrapped, texts, param=param, full=False, plain=plain), strict=True):
+    for text, hit in zip(texts, first_matches(keys, texts, param=param, full=False, plain=plain), strict=True):
         if hit is not None:
             first[text] = min(first[text], indices[hit[0]])
 
@@ -137,11 +147,12 @@ def _in_layers(
     return [path for path in paths if path in in_full or indices.get(path) in layers]
 
 
-def _site(path: str, base: Base) -> Site:
-    site = base.sites.get(path)
+def _site(path: str, base: Base, norms: bool) -> Site:
+    site = (base.norms if norms else base.sites).get(path)
     if site is None:
+        kind = "norm of the hidden state" if norms else "linear layer"
         raise AdapterUnsupported(
-            f"target_modules selects {show(path)}, which is not a linear layer; only linear layers are served",
+            f"target_modules selects {show(path)}, which is not a {kind}; only such are served",
             param="target_modules",
         )
     return site

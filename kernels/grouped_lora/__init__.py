@@ -13,47 +13,47 @@ from torch import Tensor
 
 from weft.kernels.dispatch import backend
 from weft.kernels.groups import RowGroups
+from weft.kernels.slot_rows import SlotRows
 
 from .packed import PackedWeights, grouped_lora_packed, pack
-from .pages import RankPages
 
-__all__ = ["PackedWeights", "RankPages", "grouped_lora", "grouped_lora_packed", "pack"]
+__all__ = ["PackedWeights", "grouped_lora", "grouped_lora_packed", "pack"]
 
 
-def grouped_lora(y: Tensor, x: Tensor, weights: RankPages, groups: RowGroups) -> None:
+def grouped_lora(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> None:
     """Adds to each row of y, in place, the low-rank update of the row's slot.
 
     Args:
         y: [T, out] fp32, bf16 or fp16; rows may be strided, a row is contiguous.
         x: [T, in] of the same dtype; rows may be strided, a row is contiguous.
-        weights: pools of the same dtype, and the page tables of this site.
+        a: the rows of A, of width in and the same dtype.
+        b: the columns of B as rows of width out (B is stored transposed), every scale folded in; as many as `a` has.
         groups: the rows of this step.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or a row's slot has no entry in the page tables.
+        ValueError: shapes or dtypes do not fit together, or a row's slot has no entry in the tables.
     """
     if not groups.active:
         return
-    _check(y, x, weights, groups)
+    _check(y, x, a, b, groups)
     if backend(y) == "triton":
         from .triton import grouped_lora as launch
 
-        launch(y, x, weights, groups)
+        launch(y, x, a, b, groups)
     else:
-        grouped_lora_packed(y, x, pack(weights, groups.active), groups)
+        grouped_lora_packed(y, x, pack(a, b, groups.active), groups)
 
 
-def _check(y: Tensor, x: Tensor, weights: RankPages, groups: RowGroups) -> None:
-    rows, slots = groups.num_rows, weights.ranks.shape[0]
-    if x.shape != (rows, weights.a_pool.shape[2]) or y.shape != (rows, weights.b_pool.shape[2]):
+def _check(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> None:
+    rows = groups.num_rows
+    if x.shape != (rows, a.width) or y.shape != (rows, b.width):
         raise ValueError(
-            f"x {tuple(x.shape)} and y {tuple(y.shape)} do not fit {rows} rows of a site with a_pool "
-            f"{tuple(weights.a_pool.shape)} and b_pool {tuple(weights.b_pool.shape)}"
+            f"x {tuple(x.shape)} and y {tuple(y.shape)} do not fit {rows} rows of a site of widths {a.width} and "
+            f"{b.width}"
         )
-    if not x.dtype == y.dtype == weights.a_pool.dtype == weights.b_pool.dtype:
+    if not x.dtype == y.dtype == a.pool.dtype == b.pool.dtype:
         raise ValueError(
-            f"x {x.dtype}, y {y.dtype}, a_pool {weights.a_pool.dtype}, b_pool {weights.b_pool.dtype}: "
-            "dtypes must be equal"
+            f"x {x.dtype}, y {y.dtype}, rows of a {a.pool.dtype}, of b {b.pool.dtype}: dtypes must be equal"
         )
-    if groups.active[-1] >= slots:
-        raise ValueError(f"groups holds slot {groups.active[-1]}, but the page tables have {slots} slots")
+    if groups.active[-1] >= len(a.host_counts):
+        raise ValueError(f"groups holds slot {groups.active[-1]}, but the tables have {len(a.host_counts)} slots")

@@ -1,7 +1,7 @@
 """Grouped LoRA on the CPU: the active slots' weights side by side, so that few rows need two products per site.
 
-Gathering weights from pages costs as much as the products of a decode step, and the active slots rarely change between
-steps: `pack` once, apply many times.
+Gathering weights from their pools costs as much as the products of a decode step, and the active slots rarely change
+between steps: `pack` once, apply many times.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft.kernels.groups import RowGroups
-
-from .pages import RankPages
+from weft.kernels.slot_rows import SlotRows
 
 # A segment wastes rows * (sum of ranks - its rank) of foreign columns when it shares a pair of products, and two calls
 # when it does not. Beyond this waste, by bytes of an element, calls are cheaper. Measured at in, out in 768..3072 and 2
@@ -56,17 +55,13 @@ class Block:
     foreign: Tensor | None
 
 
-def pack(weights: RankPages, active: Sequence[int]) -> PackedWeights:
-    """Gathers the weights of the `active` slots from their pages. Pure: the caller keeps the result while neither the
-    active slots nor their weights change."""
-    slots = torch.tensor(active, dtype=torch.long)
-    ranks = weights.ranks[slots]
-    used = torch.arange(weights.a_pages.shape[1] * weights.page_size) < ranks[:, None]
-    a = _gather(weights.a_pool, weights.a_pages[slots], used)
-    b = _gather(weights.b_pool, weights.b_pages[slots], used)
-    layout = tuple((slot, rank) for slot, rank in zip(active, ranks.tolist(), strict=True) if rank)
+def pack(a: SlotRows, b: SlotRows, active: Sequence[int]) -> PackedWeights:
+    """Gathers the weights of the `active` slots. Pure: the caller keeps the result while neither the active slots nor
+    their weights change."""
+    gathered_a, gathered_b = a.gather(active), b.gather(active)
+    layout = tuple((slot, a.host_counts[slot]) for slot in active if a.host_counts[slot])
     # A sum is finite only if all its values are, and takes a twentieth of the time of looking at each.
-    return PackedWeights(tuple(active), layout, a, b, bool(b.sum(0).isfinite().all()))
+    return PackedWeights(tuple(active), layout, gathered_a, gathered_b, bool(gathered_b.sum(0).isfinite().all()))
 
 
 def grouped_lora_packed(y: Tensor, x: Tensor, packed: PackedWeights, groups: RowGroups) -> None:
@@ -88,11 +83,6 @@ def grouped_lora_packed(y: Tensor, x: Tensor, packed: PackedWeights, groups: Row
             y[rows].addmm_(h, packed.b[columns])
 
 
-def _gather(pool: Tensor, pages: Tensor, used: Tensor) -> Tensor:
-    rows = pages.long().unsqueeze(-1) * pool.shape[1] + torch.arange(pool.shape[1])
-    return pool.flatten(0, 1).index_select(0, rows.flatten(1)[used])
-
-
 def _blocks(packed: PackedWeights, groups: RowGroups) -> tuple[Block, ...]:
     missing = set(groups.active) - set(packed.slots)
     if missing:
@@ -103,24 +93,25 @@ def _blocks(packed: PackedWeights, groups: RowGroups) -> tuple[Block, ...]:
         columns[slot] = slice(at, at + rank)
         at += rank
     bound = WORTH_A_PRODUCT[packed.a.element_size()] if packed.finite else 0
-    shared: list[tuple[int, int, int]] = []
-    alone: list[tuple[int, int, int]] = []
+    shared: list[int] = []
+    alone: list[int] = []
     for slot, start, stop in groups.segments:
         if slot in columns:
             foreign = at - (columns[slot].stop - columns[slot].start)
-            (shared if (stop - start) * foreign <= bound else alone).append((slot, start, stop))
+            (shared if (stop - start) * foreign <= bound else alone).append(slot)
     if len(shared) == 1:
         shared, alone = [], [*alone, *shared]
-    blocks = [Block(_adjacent(groups.order[start:stop].long()), columns[slot], None) for slot, start, stop in alone]
+    blocks = [Block(_rows(groups, slot), columns[slot], None) for slot in alone]
     if shared:
-        rows = torch.cat([groups.order[start:stop] for _, start, stop in shared]).long().sort().values
+        rows = _rows(groups, *shared)
         owner = torch.repeat_interleave(
             torch.tensor([slot for slot, _ in packed.layout]), torch.tensor([rank for _, rank in packed.layout])
         )
-        blocks.append(Block(_adjacent(rows), slice(0, at), groups.slots[rows, None] != owner))
+        blocks.append(Block(rows, slice(0, at), groups.slots[rows, None] != owner))
     return tuple(blocks)
 
 
-def _adjacent(rows: Tensor) -> slice | Tensor:
-    first, last = int(rows[0]), int(rows[-1])
-    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+def _rows(groups: RowGroups, *slots: int) -> slice | Tensor:
+    rows = groups.rows_of(slots)
+    assert rows is not None, "active slots have rows"
+    return rows

@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weft.kernels.groups import RowGroups
-
-from .pages import RankPages
+from weft.kernels.slot_rows import SlotRows
 
 # Enough programs to occupy the largest devices (132 to 304 multiprocessors); more splits only add planes to read.
 TARGET_PROGRAMS = 256
@@ -25,7 +24,7 @@ MIN_SPLIT = 256
 def shrink_kernel(
     x,
     a,
-    pages,
+    table,
     ranks,
     order,
     tiles,
@@ -35,8 +34,7 @@ def shrink_kernel(
     num_adapted,
     max_rank,
     x_stride,
-    pages_stride,
-    PAGE: tl.constexpr,
+    table_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -56,8 +54,7 @@ def shrink_kernel(
     for r_from in range(0, rank, BLOCK_R):
         r = r_from + tl.arange(0, BLOCK_R)
         ranked = r < rank
-        page = tl.load(pages + slot * pages_stride + r // PAGE, mask=ranked, other=0).to(tl.int64)
-        a_row = (page * PAGE + r % PAGE) * width
+        a_row = tl.load(table + slot * table_stride + r, mask=ranked, other=0).to(tl.int64) * width
         acc = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
         for k_at in range(k_from, k_to, BLOCK_K):
             k = k_at + tl.arange(0, BLOCK_K)
@@ -72,7 +69,7 @@ def shrink_kernel(
 def expand_kernel(
     y,
     b,
-    pages,
+    table,
     ranks,
     order,
     tiles,
@@ -82,8 +79,7 @@ def expand_kernel(
     num_adapted,
     max_rank,
     y_stride,
-    pages_stride,
-    PAGE: tl.constexpr,
+    table_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -108,8 +104,7 @@ def expand_kernel(
         for split in range(0, num_splits):
             h_row = (split * num_adapted + start + m).to(tl.int64) * max_rank
             h += tl.load(planes + h_row[:, None] + r[None, :], mask=live[:, None] & ranked[None, :], other=0.0)
-        page = tl.load(pages + slot * pages_stride + r // PAGE, mask=ranked, other=0).to(tl.int64)
-        b_row = (page * PAGE + r % PAGE) * width
+        b_row = tl.load(table + slot * table_stride + r, mask=ranked, other=0).to(tl.int64) * width
         b_block = tl.load(b + b_row[:, None] + n[None, :], mask=ranked[:, None] & inside[None, :], other=0.0)
         acc = tl.dot(h.to(b_block.dtype), b_block, acc, input_precision="ieee")
     at = y + row[:, None] * y_stride + n[None, :]
@@ -117,59 +112,60 @@ def expand_kernel(
     tl.store(at, (tl.load(at, mask=touched, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=touched)
 
 
-def grouped_lora(y: Tensor, x: Tensor, weights: RankPages, groups: RowGroups) -> None:
+def grouped_lora(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> None:
     """See `weft.kernels.grouped_lora.grouped_lora`."""
-    if not groups.active or weights.max_rank == 0:
+    max_rank = a.max_count
+    if not groups.active or max_rank == 0:
         return
-    shrink = shrink_config(x.dtype, weights.page_size, weights.max_rank, groups.block_rows)
-    expand = expand_config(x.dtype, weights.page_size, weights.max_rank, groups.block_rows)
+    shrink = shrink_config(x.dtype, max_rank, groups.block_rows)
+    expand = expand_config(x.dtype, max_rank, groups.block_rows)
     (width_in, width_out), rows = (x.shape[1], y.shape[1]), groups.num_adapted
     split_width = _split_width(width_in, groups.num_tiles, shrink["BLOCK_K"])
     splits = triton.cdiv(width_in, split_width)
-    planes = torch.empty(splits, rows, weights.max_rank, dtype=torch.float32, device=x.device)
-    shared = (weights.ranks, groups.order, groups.tiles, planes)
+    planes = torch.empty(splits, rows, max_rank, dtype=torch.float32, device=x.device)
+    shared = (a.counts, groups.order, groups.tiles, planes)
     shrink_kernel[(groups.num_tiles, splits)](
         x,
-        weights.a_pool,
-        weights.a_pages,
+        a.pool,
+        a.table,
         *shared,
         width_in,
         split_width,
         rows,
-        weights.max_rank,
+        max_rank,
         x.stride(0),
-        weights.a_pages.stride(0),
+        a.table.stride(0),
         **shrink,
     )
     expand_kernel[(groups.num_tiles, triton.cdiv(width_out, expand["BLOCK_N"]))](
         y,
-        weights.b_pool,
-        weights.b_pages,
+        b.pool,
+        b.table,
         *shared,
         width_out,
         splits,
         rows,
-        weights.max_rank,
+        max_rank,
         y.stride(0),
-        weights.b_pages.stride(0),
+        b.table.stride(0),
         **expand,
     )
 
 
-def shrink_config(dtype: torch.dtype, page: int, max_rank: int, block_rows: int) -> dict[str, Any]:
+def shrink_config(dtype: torch.dtype, max_rank: int, block_rows: int) -> dict[str, Any]:
     """Block sizes and launch options of the shrink."""
-    return _config(page, max_rank, block_rows) | {"BLOCK_K": 256 // dtype.itemsize, "num_warps": 4, "num_stages": 3}
+    return _config(max_rank, block_rows) | {"BLOCK_K": 256 // dtype.itemsize, "num_warps": 4, "num_stages": 3}
 
 
-def expand_config(dtype: torch.dtype, page: int, max_rank: int, block_rows: int) -> dict[str, Any]:
+def expand_config(dtype: torch.dtype, max_rank: int, block_rows: int) -> dict[str, Any]:
     """Block sizes and launch options of the expand."""
-    return _config(page, max_rank, block_rows) | {"BLOCK_N": 256 // dtype.itemsize, "num_warps": 4, "num_stages": 2}
+    return _config(max_rank, block_rows) | {"BLOCK_N": 256 // dtype.itemsize, "num_warps": 4, "num_stages": 2}
 
 
-def _config(page: int, max_rank: int, block_rows: int) -> dict[str, Any]:
+def _config(max_rank: int, block_rows: int) -> dict[str, Any]:
     # Rows stay at 16 or 32 a tile: at 64 the products become wgmma, whose pipelined form with an operand in registers
     # is miscompiled by ptxas before 13.3.
-    return {"PAGE": page, "BLOCK_M": block_rows, "BLOCK_R": min(64, max(16, triton.next_power_of_2(max_rank)))}
+    return {"BLOCK_M": block_rows, "BLOCK_R": min(64, max(16, triton.next_power_of_2(max_rank)))}
 
 
 def _split_width(width: int, tiles: int, block: int) -> int:

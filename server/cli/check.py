@@ -1,4 +1,4 @@
-"""``weft check``: can this adapter be served exactly? No weights of the base are needed."""
+"""``weft check``: can this adapter be served exactly? The base's weights are read only where a method needs them."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Say whether and how an adapter can be served, or exactly what prevents it (exit code 1)."""
-    from weft.adapters.errors import AdapterError
+    from weft.adapters.errors import AdapterError, BaseWeightsNeeded
 
-    with failing_clearly(ConfigError):
-        model = base or named_base(adapter)
-        described = describe_base(model, trust_remote_code=trust_remote_code)
     try:
-        report = examine(adapter, described)
+        with failing_clearly(ConfigError):
+            model = base or named_base(adapter)
+            try:
+                report = examine(adapter, describe_base(model, trust_remote_code=trust_remote_code))
+            except BaseWeightsNeeded:
+                report = examine(adapter, load_base(model, trust_remote_code=trust_remote_code))
     except AdapterError as error:
         report = {"servable": False, "adapter": str(adapter), "base": model, "error": _error(error)}
     else:
@@ -62,12 +64,8 @@ def describe_base(model: str, *, trust_remote_code: bool = False) -> Base:
 
     from weft.adapters.base import Base
 
-    if model == DEMO:
-        from weft.server.demo import demo_model
-
-        model = str(demo_model())
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(_source(model), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             shape = AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code
@@ -75,6 +73,31 @@ def describe_base(model: str, *, trust_remote_code: bool = False) -> Base:
     except (OSError, ValueError) as error:
         raise ConfigError(f"base: cannot read {model} as a causal language model: {error}") from error
     return Base.of(shape)
+
+
+def load_base(model: str, *, trust_remote_code: bool = False) -> Base:
+    """``model`` with its weights on the CPU, for adapters whose forms follow from them.
+
+    Raises:
+        ConfigError: its weights cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from weft.adapters.base import Base
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(_source(model), dtype="auto", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"base: what the adapter does follows from the weights of {model}, which cannot be read: {error}"
+        ) from error
+    return Base.of(loaded)
+
+
+def _source(model: str) -> str:
+    from weft.server.demo import demo_model
+
+    return str(demo_model()) if model == DEMO else model
 
 
 def examine(adapter: Path, base: Base) -> dict[str, Any]:
@@ -97,6 +120,8 @@ def examine(adapter: Path, base: Base) -> dict[str, Any]:
             for path, forms in compiled.sites.items()
         },
         "nbytes": compiled.nbytes,
+        "virtual_tokens": compiled.prompt.length if compiled.prompt else 0,
+        "position_offset": compiled.prompt.position_offset if compiled.prompt else 0,
     }
 
 
@@ -134,6 +159,10 @@ def _text(report: Mapping[str, Any]) -> str:
         f"version  {report['version']}",
         f"sites    {len(report['sites'])}",
     ]
+    if report["virtual_tokens"]:
+        lines.insert(
+            4, f"prompt   {report['virtual_tokens']} virtual tokens, the first real one at {report['position_offset']}"
+        )
     # One line for all layers that are alike.
     alike = Counter(
         (re.sub(r"\.\d+\.", ".*.", path), "+".join(site["forms"]), site["rank"])

@@ -41,6 +41,8 @@ class Batch:
         attention: where keys and values lie.
         tokens, logits: adapter groups of the T tokens and of the N rows.
         num_adapters: distinct adapters in the batch.
+        copies: pages (from, to) to copy before the pass: tails of adapters' prompts.
+        embeddings: flat tokens, and what stands for them in place of their ids: int64 ``[V]``, ``[V, hidden]``.
     """
 
     input_ids: torch.Tensor
@@ -51,6 +53,8 @@ class Batch:
     tokens: RowGroups
     logits: RowGroups
     num_adapters: int
+    copies: list[tuple[int, int]]
+    embeddings: tuple[torch.Tensor, torch.Tensor] | None
 
     @classmethod
     def build(cls, rows: list[Row], block_size: int, device: torch.device) -> Batch:
@@ -60,9 +64,8 @@ class Batch:
         """
         rows = sorted(rows, key=lambda row: (row.stop - row.start > 1, row.seq.slot))
         lens = [row.stop - row.start for row in rows]
-        attention = AttentionRows.build(
-            lens, [row.stop for row in rows], [row.seq.blocks for row in rows], block_size, device
-        )
+        context = [row.seq.offset + row.stop for row in rows]
+        attention = AttentionRows.build(lens, context, [row.seq.blocks for row in rows], block_size, device)
         ids = np.fromiter(
             (token for row in rows for token in row.seq.tokens[row.start : row.stop]), np.int64, count=sum(lens)
         )
@@ -72,14 +75,37 @@ class Batch:
         tokens = RowGroups.build(slots.tolist(), device)
         return cls(
             input_ids=to_device(ids, device).unsqueeze(0),
-            position_ids=attention.positions.unsqueeze(0),
+            position_ids=_position_ids(rows, lens, attention, device).unsqueeze(0),
             logit_indices=to_device(indices, device),
             wanted=wanted,
             attention=attention,
             tokens=tokens,
             logits=RowGroups.build(logit_slots, device),
             num_adapters=len(tokens.active),
+            copies=[row.seq.copy for row in rows if row.seq.copy is not None],
+            embeddings=_embeddings(rows, lens, device),
         )
+
+
+def _position_ids(rows: list[Row], lens: list[int], attention: AttentionRows, device: torch.device) -> torch.Tensor:
+    """int64 ``[T]``: places in the pages, but for adapters whose own prompt counts otherwise."""
+    shifts = [row.seq.prompt.position_offset - row.seq.prompt.length if row.seq.prompt else 0 for row in rows]
+    if not any(shifts):
+        return attention.positions
+    return attention.positions + to_device(np.repeat(shifts, lens), device)
+
+
+def _embeddings(rows: list[Row], lens: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The virtual tokens of the batch."""
+    starts = np.cumsum([0, *lens])
+    places, vectors = [], []
+    for row, start, count in zip(rows, starts, lens, strict=False):
+        if row.seq.embeddings is not None:
+            places.append(np.arange(start, start + count))
+            vectors.append(row.seq.embeddings[row.start : row.stop])
+    if not places:
+        return None
+    return to_device(np.concatenate(places), device), torch.cat(vectors).to(device, non_blocking=True)
 
 
 def _wanted(rows: list[Row]) -> tuple[list[Wanted], np.ndarray[tuple[int], np.dtype[np.int64]]]:

@@ -53,6 +53,10 @@ class BlockPool:
     def is_free(self, block: int) -> bool:
         return self._refs[block] == 0
 
+    def exclusive(self, blocks: Sequence[int]) -> list[int]:
+        """Those of ``blocks`` that have a single reference."""
+        return [block for block in blocks if self._refs[block] == 1]
+
     def allocate(self, count: int) -> list[int] | None:
         """``count`` pages with one reference each, or None when there are not as many."""
         if count > len(self._free):

@@ -50,6 +50,7 @@ class Counters:
             steps=self._steps,
             step_adapters=self._step_adapters,
             max_step_adapters=self._max_step_adapters,
+            adapter_prompt_tokens=scheduler.prompts.tokens_computed,
             batch_tokens=self._batch_tokens,
             preemptions=scheduler.preemptions,
             prefix_cache_queries=scheduler.cache_queries,

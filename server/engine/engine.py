@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from weft.adapters.forms import Prompt
 from weft.server.config import EngineConfig
 from weft.server.engine import startup
 from weft.server.engine.batch import Batch
@@ -60,7 +61,7 @@ class Engine:
             if not self.adapters.hold(request.adapter):
                 raise NotFound(f"no adapter of version {request.adapter!r} is registered", param="model")
         root = root_key(self.info.fingerprint, request.adapter, request.cache_salt)
-        seq = Sequence.start(request, root, max_len)
+        seq = Sequence.start(request, root, max_len, self._prompt(request))
         self._live[request.request_id] = seq
         self._scheduler.add(seq)
         self._counters.accepted(seq)
@@ -76,7 +77,10 @@ class Engine:
         """One forward pass over whatever can run, or none while all wait for adapters to arrive."""
         self.poll()
         deltas = []
-        if rows := self._scheduler.schedule():
+        rows = self._scheduler.schedule()
+        for blocks, prefix in self._scheduler.prompts.take_unwritten():
+            self.runner.write_prefix(blocks, prefix)
+        if rows:
             batch = Batch.build(rows, self.config.block_size, self.runner.device)
             logits = self.runner.forward(batch)
             samples = self._sampler.sample(logits, batch)
@@ -93,6 +97,7 @@ class Engine:
         for version, error in self.adapters.poll():
             for seq in [s for s in self._live.values() if s.request.adapter == version]:
                 self._fail(seq, str(error))
+        self._scheduler.prompts.prune(self.adapters.knows)
 
     def _commit(self, rows: list[Row], samples: list[Sample]) -> list[TokenDelta]:
         """Write down what the step computed; returns what it added to the requests."""
@@ -135,7 +140,7 @@ class Engine:
 
     def _discard(self, seq: Sequence) -> None:
         """End a request whose logits are not numbers; what is not a number must not stay in pages others may get."""
-        self.runner.scrub(seq.blocks)
+        self.runner.scrub(self._blocks.exclusive(seq.blocks))
         self._blocks.forget(seq.blocks)
         self._fail(seq, "the model's output is not a number (NaN or infinity)")
 
@@ -162,7 +167,17 @@ class Engine:
             AdapterError: why it cannot be served; nothing is left behind.
         """
         adapter = self.adapters.register(version, folder)
-        return AdapterInfo(version, adapter.method, adapter.forms, adapter.rank, len(adapter.sites), adapter.nbytes)
+        prompt = adapter.prompt
+        return AdapterInfo(
+            version,
+            adapter.method,
+            adapter.forms,
+            adapter.rank,
+            len(adapter.sites),
+            adapter.nbytes,
+            prompt.length if prompt else 0,
+            prompt.position_offset if prompt else 0,
+        )
 
     def unregister_adapter(self, version: str) -> None:
         """Forget an adapter once no live request holds it. Any thread; takes effect at the next ``poll``."""
@@ -211,10 +226,14 @@ class Engine:
             self._check_tokens(field, tokens)
         if not ids:
             raise InvalidRequest("the prompt is empty", param="prompt")
-        room = limit - len(ids)
+        prompt = self._prompt(request)
+        own = prompt.length if prompt else 0
+        room = limit - own - len(ids)
         if room < 1:
+            beside = f" beside the adapter's own {own}" if own else ""
             raise InvalidRequest(
-                f"the prompt has {len(ids)} tokens; with one to generate, {limit - 1} fit the context of {limit}",
+                f"the prompt has {len(ids)} tokens; with one to generate, {limit - own - 1} fit the context of {limit}"
+                f"{beside}",
                 param="prompt",
                 code="context_length_exceeded",
             )
@@ -225,6 +244,9 @@ class Engine:
                 code="context_length_exceeded",
             )
         return len(ids) + (params.max_tokens or room)
+
+    def _prompt(self, request: EngineRequest) -> Prompt | None:
+        return None if request.adapter is None else self.adapters.prompt(request.adapter)
 
     def _check_tokens(self, field: str, tokens: Iterable[int]) -> None:
         size = self.info.vocab_size

@@ -44,6 +44,8 @@ class AdapterInfo:
         rank: the largest rank at any site.
         num_sites: modules of the base it attaches to.
         nbytes: of its tensors in the serving dtype.
+        virtual_tokens: that it puts in front of every prompt; they count against the context.
+        position_offset: position of the first real token behind them.
     """
 
     version: str
@@ -52,6 +54,8 @@ class AdapterInfo:
     rank: int
     num_sites: int
     nbytes: int
+    virtual_tokens: int = 0
+    position_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class EngineStats:
     Attributes:
         step_adapters: distinct adapters (the base not counted) in the last forward pass.
         max_step_adapters: the most there have been in one forward pass.
+        adapter_prompt_tokens: virtual tokens of soft prompts computed, once per adapter and load.
         adapters: by adapter name.
         tiers: version -> "device", "host", "loading" or "disk".
         refcounts: version -> live requests holding it.
@@ -86,6 +91,7 @@ class EngineStats:
     steps: int = 0
     step_adapters: int = 0
     max_step_adapters: int = 0
+    adapter_prompt_tokens: int = 0
     batch_tokens: int = 0
     preemptions: int = 0
     prefix_cache_queries: int = 0

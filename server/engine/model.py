@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from weft.adapters.forms import PrefixKV
 from weft.adapters.sites import ActiveRows
 from weft.server.engine.attention import AttentionContext
 from weft.server.engine.batch import Batch
@@ -29,8 +30,9 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """One forward pass; returns float32 logits ``[N, vocab]`` of the wanted positions."""
+        self._copy_pages(batch.copies)
         context = AttentionContext(batch.attention, self.cache.keys, self.cache.values)
-        self._rows.tokens, self._rows.logits = batch.tokens, batch.logits
+        self._rows.tokens, self._rows.logits, self._rows.embeddings = batch.tokens, batch.logits, batch.embeddings
         try:
             output: Any = self.model(
                 input_ids=batch.input_ids,
@@ -40,9 +42,25 @@ class ModelRunner:
                 weft=context,
             )
         finally:
-            self._rows.tokens = self._rows.logits = None
+            self._rows.tokens = self._rows.logits = self._rows.embeddings = None
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    @torch.inference_mode()
+    def write_prefix(self, blocks: list[int], prefix: PrefixKV) -> None:
+        """Put an adapter's own keys and values into pages."""
+        size = self.cache.block_size
+        at = torch.arange(prefix.length)
+        index = (torch.tensor(blocks)[at // size] * size + at % size).to(self.device)
+        for caches, tensors in ((self.cache.keys, prefix.keys), (self.cache.values, prefix.values)):
+            for cache, tensor in zip(caches, tensors, strict=True):
+                cache.flatten(0, 1).index_copy_(0, index, tensor.to(cache))
+
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        if copies:
+            source, target = torch.tensor(copies, device=self.device).T
+            for cache in (*self.cache.keys, *self.cache.values):
+                cache.index_copy_(0, target, cache.index_select(0, source))
 
     def scrub(self, blocks: list[int]) -> None:
         """Zero pages, so that what is not a number in them cannot reach whoever gets them next."""

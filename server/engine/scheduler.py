@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from weft.server.config import EngineConfig
 from weft.server.engine.blocks import BlockPool
+from weft.server.engine.prompts import PromptPages
 from weft.server.engine.queues import FairQueues
 from weft.server.engine.sequence import Sequence
 
@@ -21,6 +23,9 @@ class Slots(Protocol):
 
     def release(self, version: str) -> None:
         """Give back one pin."""
+
+    def knows(self, version: str) -> bool:
+        """Whether the version is registered, or still held by a live request."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Row:
 
     @property
     def samples(self) -> bool:
-        return self.stop == len(self.seq.tokens)
+        return self.stop == len(self.seq.tokens) and self.seq.embeddings is None
 
 
 class Scheduler:
@@ -50,6 +55,7 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self.slots = slots
+        self.prompts = PromptPages(blocks, config.block_size)
         self.waiting = FairQueues()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -70,14 +76,15 @@ class Scheduler:
         decoding = [seq for seq in self.running if seq.remaining == 1]
         rows = self._extend(decoding, budget)
         budget -= len(rows)
-        prefilling = [seq for seq in self.running if seq.remaining > 1]
+        prefilling = [*self.prompts.makers(), *(seq for seq in self.running if seq.remaining > 1)]
         rows += self._extend(prefilling, budget)
         # Whoever was preempted for the sake of another must not run.
         rows = [row for row in rows if row.seq.blocks]
         if self.preemptions == preemptions:  # pages are short otherwise, and admitting would preempt again
             rows += self._admit(self.config.max_num_batched_tokens - sum(row.stop - row.start for row in rows))
         for row in rows:
-            self.waiting.charge(row.seq.name, row.stop - row.start)
+            if row.seq.embeddings is None:
+                self.waiting.charge(row.seq.name, row.stop - row.start)
         return rows
 
     def _extend(self, seqs: list[Sequence], budget: int) -> list[Row]:
@@ -105,7 +112,9 @@ class Scheduler:
             if seq is None:
                 break
             cached = self._cached_blocks(seq)
-            if not self._has_room(seq, cached):
+            while not (room := self._has_room(seq, cached)) and self.prompts.evict():
+                cached = self._cached_blocks(seq)
+            if not room:
                 self._release_slot(seq)
                 break
             self.waiting.remove(seq)
@@ -125,13 +134,22 @@ class Scheduler:
             slot = self.slots.acquire(version)
             if slot is None:
                 return False
+            if seq.prompt is not None:
+                blocks = self.prompts.acquire(version, seq.prompt)
+                if blocks is None:
+                    self.slots.release(version)
+                    return False
+                seq.prompt_blocks = blocks
             seq.slot = slot
         return True
 
     def _release_slot(self, seq: Sequence) -> None:
         if seq.request.adapter is not None and seq.slot >= 0:
             self.slots.release(seq.request.adapter)
+            if seq.prompt is not None:
+                self.prompts.release(seq.request.adapter)
         seq.slot = -1
+        seq.prompt_blocks = []
 
     def _cached_blocks(self, seq: Sequence) -> list[int]:
         """Pages already computed for a prefix of the tokens; at least one token is left to compute."""
@@ -143,31 +161,37 @@ class Scheduler:
         """Whether all known tokens and one more fit; a watermark against admitting only to preempt again."""
         free_after_share = self.blocks.num_free - sum(self.blocks.is_free(block) for block in cached)
         watermark = len(self.running)  # every running row may need a page in this very step
-        needed = self._pages(len(seq.tokens) + 1) - len(cached)
+        shared = seq.offset // self.config.block_size
+        needed = seq.pages(self.config.block_size, len(seq.tokens) + 1) - shared - len(cached)
         return needed + (watermark if self.running else 0) <= free_after_share
 
     def _reuse(self, seq: Sequence, cached: list[int]) -> None:
-        self.blocks.share(cached)
-        seq.blocks = list(cached)
+        """Begin with the pages that are there: of the adapter's prompt, then of a cached prefix of the tokens."""
+        size = self.config.block_size
+        shared = seq.prompt_blocks[: seq.offset // size]
+        self.blocks.share(shared + cached)
+        seq.blocks = shared + cached
         seq.published = len(cached)
-        seq.computed = len(cached) * self.config.block_size
+        seq.computed = len(seq.blocks) * size - seq.offset if cached else 0
         if seq.first_run is None:
             seq.first_run = time.monotonic()
             seq.cached_tokens = seq.computed
             self.cache_queries += seq.prompt_len
             self.cache_hits += seq.computed
 
-    def _pages(self, tokens: int) -> int:
-        return -(-tokens // self.config.block_size)
-
     def _reserve(self, seq: Sequence, tokens: int) -> bool:
         """Give ``seq`` the pages for ``tokens`` tokens; False when there are not enough."""
-        missing = self._pages(tokens) - len(seq.blocks)
+        missing = seq.pages(self.config.block_size, tokens) - len(seq.blocks)
         if missing <= 0:
             return True
         blocks = self.blocks.allocate(missing)
+        while blocks is None and self.prompts.evict():
+            blocks = self.blocks.allocate(missing)
         if blocks is None:
             return False
+        shared, tail = divmod(seq.offset, self.config.block_size)
+        if tail and len(seq.blocks) == shared:
+            seq.copy = (seq.prompt_blocks[shared], blocks[0])
         seq.blocks += blocks
         return True
 
@@ -175,10 +199,14 @@ class Scheduler:
         """The row's keys and values are in its pages now: full pages become findable."""
         seq = row.seq
         seq.computed = row.stop
-        if self.config.enable_prefix_caching:
+        seq.copy = None
+        if seq.embeddings is not None:
+            self.prompts.computed(seq, row.stop - row.start)
+        elif self.config.enable_prefix_caching:
             keys = seq.full_block_keys(self.config.block_size, seq.computed)
+            shared = seq.offset // self.config.block_size
             for index in range(seq.published, len(keys)):
-                self.blocks.publish(seq.blocks[index], keys[index])
+                self.blocks.publish(seq.blocks[shared + index], keys[index])
             seq.published = max(seq.published, len(keys))
 
     def preempt(self, seq: Sequence) -> None:
@@ -198,6 +226,7 @@ class Scheduler:
         self.running.remove(seq)
         self.blocks.release(seq.blocks)
         seq.blocks = []
+        seq.copy = None
         seq.computed = 0
         seq.published = 0
         self._release_slot(seq)
@@ -208,7 +237,7 @@ class Scheduler:
         Raises:
             AssertionError: saying what does not hold.
         """
-        self.blocks.check_integrity([seq.blocks for seq in self.running])
+        self.blocks.check_integrity([*(seq.blocks for seq in self.running), *self.prompts.held])
         waiting = list(self.waiting)
         assert not set(map(id, waiting)) & set(map(id, self.running)), "a sequence is both waiting and running"
         assert all(not seq.blocks and seq.slot == -1 for seq in waiting), "a waiting sequence holds pages or a slot"
@@ -218,3 +247,6 @@ class Scheduler:
                 pins[seq.request.adapter] = pins.get(seq.request.adapter, 0) + 1
         for version, count in pins.items():
             assert adapter_pins(version) == count, f"{version}: {adapter_pins(version)} pins, {count} running rows"
+        on_prompts = Counter(seq.request.adapter for seq in self.running if seq.prompt is not None)
+        for prompted, rows in on_prompts.items():
+            assert prompted is not None and self.prompts.users(prompted) == rows, f"{prompted}: users of its prompt"

@@ -6,6 +6,9 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
+import torch
+
+from weft.adapters.forms import Prompt
 from weft.server.engine.blocks import block_key
 from weft.server.engine.request import EngineRequest, TokenLogprobs
 
@@ -22,6 +25,10 @@ class Sequence:
         keys: content keys of the leading full blocks of ``tokens``, as far as they were needed.
         root: key the first block descends from.
         slot: device slot of its adapter; -1: the base.
+        prompt: what its adapter puts in front of it: keys and values that count before token 0 in its pages.
+        prompt_blocks: pages of that prompt, while running.
+        copy: page whose head is the tail of that prompt, and the sequence's own page to copy it to before it runs.
+        embeddings: ``[len(tokens), hidden]`` of virtual tokens, in place of what the token ids stand for.
         max_len: tokens of prompt and output at most.
         seed: of its random numbers.
         prompt_logprobs: filled as the prompt is computed, if asked for.
@@ -40,6 +47,10 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)
     published: int = 0
     slot: int = -1
+    prompt: Prompt | None = None
+    prompt_blocks: list[int] = field(default_factory=list)
+    copy: tuple[int, int] | None = None
+    embeddings: torch.Tensor | None = None
     seed: int = 0
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -48,13 +59,14 @@ class Sequence:
     first_run: float | None = None
 
     @classmethod
-    def start(cls, request: EngineRequest, root: bytes, max_len: int) -> Sequence:
+    def start(cls, request: EngineRequest, root: bytes, max_len: int, prompt: Prompt | None = None) -> Sequence:
         params = request.params
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         logprobs: list[TokenLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
             logprobs = [None] * len(request.prompt_token_ids)
-        return cls(request, root, max_len, list(request.prompt_token_ids), seed=seed, prompt_logprobs=logprobs)
+        tokens = list(request.prompt_token_ids)
+        return cls(request, root, max_len, tokens, prompt=prompt, seed=seed, prompt_logprobs=logprobs)
 
     @property
     def prompt_len(self) -> int:
@@ -63,6 +75,11 @@ class Sequence:
     @property
     def output_len(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def offset(self) -> int:
+        """Keys and values in front of token 0."""
+        return self.prompt.length if self.prompt else 0
 
     @property
     def remaining(self) -> int:
@@ -79,11 +96,19 @@ class Sequence:
         """Under which its traffic is accounted."""
         return self.request.adapter_name or self.request.adapter or ""
 
+    def pages(self, block_size: int, tokens: int) -> int:
+        """Pages that the first ``tokens`` tokens and what stands in front of them take."""
+        return -(-(self.offset + tokens) // block_size)
+
     def full_block_keys(self, block_size: int, tokens: int) -> list[bytes]:
-        """Keys of the full blocks among the first ``tokens`` tokens."""
-        count = tokens // block_size
+        """Keys of the full pages that hold some of the first ``tokens`` tokens.
+
+        A page that begins with the adapter's prompt is told apart by the root, which the adapter's version is part of.
+        """
+        shared = self.offset // block_size
+        count = (self.offset + tokens) // block_size - shared
         while len(self.keys) < count:
-            start = len(self.keys) * block_size
+            start = (shared + len(self.keys)) * block_size - self.offset
             parent = self.keys[-1] if self.keys else self.root
-            self.keys.append(block_key(parent, self.tokens[start : start + block_size]))
+            self.keys.append(block_key(parent, self.tokens[max(0, start) : start + block_size]))
         return self.keys[:count]

@@ -89,6 +89,8 @@ def adapter_card(record: AdapterRecord, stats: EngineStats) -> dict[str, Any]:
         "rank": info.rank,
         "num_sites": info.num_sites,
         "nbytes": info.nbytes,
+        "virtual_tokens": info.virtual_tokens,
+        "position_offset": info.position_offset,
         "tier": stats.tiers.get(record.version),
         "refcount": stats.refcounts.get(record.version, 0),
     }

@@ -35,6 +35,10 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
     "preemptions": ("weft_preemptions", "Requests put back into the queue because pages ran out."),
     "prefix_cache_queries": ("weft_prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("weft_prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    "adapter_prompt_tokens": (
+        "weft_adapter_prompt_tokens",
+        "Virtual tokens of adapters' own prompts computed: once per adapter, none per request.",
+    ),
     "evictions": ("weft_adapter_evictions", "Adapters that lost their device slot to another."),
 }
 ADAPTER_COUNTERS: Mapping[str, tuple[str, str]] = {

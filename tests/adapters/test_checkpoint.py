@@ -163,7 +163,7 @@ def entry(dtype: str, shape: list[int], size: int) -> dict[str, object]:
         with_header({"a": entry("F32", [], 4)}, b"\0" * 4),
         with_header({"a": entry("F32", [0, 2**40], 0)}),
         with_header({"a": entry("F64", [1], 8)}, b"\0" * 8),
-        with_header({"a": entry("I64", [1], 8)}, b"\0" * 8),
+        with_header({"a": entry("U16", [4], 8)}, b"\0" * 8),
         with_header({"a": entry("F8_E4M3", [8], 8)}, b"\0" * 8),
         with_header({"a": entry("XYZ", [1], 8)}, b"\0" * 8),
     ],

@@ -22,7 +22,7 @@ from weft.adapters.methods import compile_adapter
 
 LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 GPT2_NAMES = ["c_attn", "c_fc", "c_proj", "lm_head", "attn.c_proj"]
-REFUSABLE = {"init_lora_weights", "use_dora", "bias", "modules_to_save", "ensure_weight_tying", "task_type"}
+REFUSABLE = {"init_lora_weights", "bias", "modules_to_save", "ensure_weight_tying", "task_type"}
 RANKS = st.integers(1, 12)
 ALPHAS = st.one_of(st.integers(-16, 64).filter(bool), st.floats(0.1, 50))
 
@@ -114,7 +114,7 @@ def compile_bytes(tiny: TinyBase, config: bytes, weights: bytes) -> bool:
         except AdapterError as error:
             assert error.message.isprintable() and len(error.message) < 1000
             return False
-    tensors = [tensor for forms in compiled.sites.values() for tensor in forms.tensors()]
+    tensors = [tensor for forms in compiled.sites.values() for tensor in forms.parts().values()]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
     return True
 

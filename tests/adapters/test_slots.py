@@ -10,9 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from weft.adapters.base import Base, Site
 from weft.adapters.errors import AdapterTooLarge
-from weft.adapters.forms import CompiledAdapter, LowRank, SiteForms
-from weft.adapters.slots import RANK_PAGE, Layout, Placement, SlotPool
-from weft.kernels.grouped_lora.pages import rank_rows
+from weft.adapters.forms import CompiledAdapter, LowRank, Part, SiteForms
+from weft.adapters.slots import Layout, Placement, SlotPool
 
 WIDTHS = {"a.q": (12, 20), "a.k": (12, 8), "b.q": (12, 20), "b.o": (20, 12)}
 BASE = Base(
@@ -22,23 +21,28 @@ BASE = Base(
     tuple(WIDTHS),
     torch.float32,
 )
-PAGE_BYTES = sum(sum(widths) for widths in WIDTHS.values()) * RANK_PAGE * 4
+RANK_BYTES = sum(sum(widths) for widths in WIDTHS.values()) * 4
 
 
-def make_adapter(ranks: dict[str, int], biases: frozenset[str] = frozenset()) -> CompiledAdapter:
-    """Random tensors of these ranks at these sites."""
+VECTORS = {Part.GAIN_IN: 0, Part.GAIN_OUT: 1, Part.SHIFT: 1}
+"""Parts of one row, and which of a site's widths they have."""
+
+
+def make_adapter(ranks: dict[str, int], vectors: frozenset[tuple[str, Part]] = frozenset()) -> CompiledAdapter:
+    """Random tensors of these ranks and parts at these sites."""
     sites = {}
-    for path in ranks.keys() | biases:
-        w_in, w_out = WIDTHS[path]
-        rank = ranks.get(path, 0)
-        low_rank = LowRank(torch.randn(rank, w_in), torch.randn(w_out, rank)) if rank else None
-        sites[path] = SiteForms(low_rank, torch.randn(w_out) if path in biases else None)
+    for path in ranks.keys() | {path for path, _ in vectors}:
+        widths, rank = WIDTHS[path], ranks.get(path, 0)
+        low_rank = LowRank(torch.randn(rank, widths[0]), torch.randn(widths[1], rank)) if rank else None
+        rows = {part: torch.randn(widths[VECTORS[part]]) for where, part in vectors if where == path}
+        delta = torch.randn(widths[1], widths[0]) if rank > 20 else None
+        sites[path] = SiteForms(low_rank, delta=delta, **rows)
     return CompiledAdapter("v", "LORA", sites)
 
 
-def make_pool(num_slots: int = 3, pages: int = 4) -> SlotPool:
+def make_pool(num_slots: int = 3, ranks: int = 32) -> SlotPool:
     cpu = torch.device("cpu")
-    return SlotPool(BASE, num_slots=num_slots, memory=pages * PAGE_BYTES, dtype=torch.float32, device=cpu)
+    return SlotPool(BASE, num_slots=num_slots, memory=ranks * RANK_BYTES, dtype=torch.float32, device=cpu)
 
 
 class SlotPoolMachine(RuleBasedStateMachine):
@@ -51,14 +55,14 @@ class SlotPoolMachine(RuleBasedStateMachine):
 
     @rule(
         ranks=st.dictionaries(st.sampled_from(sorted(WIDTHS)), st.integers(1, 30), max_size=4),
-        biases=st.frozensets(st.sampled_from(sorted(WIDTHS)), max_size=2),
+        vectors=st.frozensets(st.tuples(st.sampled_from(sorted(WIDTHS)), st.sampled_from(sorted(VECTORS))), max_size=5),
     )
-    def load(self, ranks: dict[str, int], biases: frozenset[str]) -> None:
-        adapter = make_adapter(ranks, biases)
+    def load(self, ranks: dict[str, int], vectors: frozenset[tuple[str, Part]]) -> None:
+        adapter = make_adapter(ranks, vectors)
         placement = self.pool.reserve(Layout.of(adapter))
         if placement is not None:
             self.pool.upload(placement, adapter)
-            self.pool.publish(placement, adapter)
+            self.pool.publish(placement)
             self.placed.append((placement, adapter))
 
     @precondition(lambda self: self.placed)
@@ -71,38 +75,36 @@ class SlotPoolMachine(RuleBasedStateMachine):
     def tables_say_what_was_loaded(self) -> None:
         self.pool.check_integrity()
         here = {placement.slot: adapter for placement, adapter in self.placed}
-        for path in WIDTHS:
-            pages = self.pool.pages(path)
-            bias = self.pool.bias(path)
+        for path, part in ((path, part) for path in WIDTHS for part in Part):
+            rows = self.pool.rows(path, part)
             for slot in range(self.pool.num_slots):
                 forms = here[slot].sites.get(path, SiteForms()) if slot in here else SiteForms()
-                rank = forms.low_rank.rank if forms.low_rank else 0
-                assert self.pool.ranks(path)[slot] == int(pages.ranks[slot]) == rank <= pages.max_rank
-                if forms.low_rank:
-                    assert rank_rows(pages.a_pool, pages.a_pages[slot], rank).equal(forms.low_rank.a)
-                    assert rank_rows(pages.b_pool, pages.b_pages[slot], rank).equal(forms.low_rank.b.T)
-                there = torch.zeros(WIDTHS[path][1]) if bias is None else bias[slot]
-                assert there.equal(torch.zeros_like(there) if forms.bias is None else forms.bias)
+                expected = forms.parts().get(part)
+                count = 0 if expected is None else len(expected)
+                assert count == (0 if rows is None else rows.host_counts[slot])
+                if rows is not None and expected is not None:
+                    assert count == rows.counts[slot] and rows.of(slot).equal(expected)
+            assert rows is None or any(rows.host_counts), "a table nobody needs"
 
 
 SlotPoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 TestSlotPool = SlotPoolMachine.TestCase
 
 
-def test_a_small_rank_beside_a_large_one_costs_its_own_pages() -> None:
-    pool = make_pool(pages=40)
-    small = pool.reserve(Layout.of(make_adapter({"a.q": 8})))
+def test_a_small_rank_beside_a_large_one_costs_its_own_rows() -> None:
+    pool = make_pool(ranks=320)
+    small = pool.reserve(Layout.of(make_adapter({"a.q": 3})))
     used = pool.nbytes_used
-    pool.reserve(Layout.of(make_adapter({"a.q": 128})))
+    pool.reserve(Layout.of(make_adapter({"a.q": 18})))
     assert small is not None
-    assert used == (12 + 20) * 8 * 4
-    assert pool.nbytes_used == 17 * used
+    assert used == (12 + 20) * 3 * 4
+    assert pool.nbytes_used == 7 * used
 
 
 def test_sites_an_adapter_does_not_touch_cost_nothing() -> None:
     pool = make_pool()
-    pool.reserve(Layout.of(make_adapter({"a.k": 8})))
-    assert pool.nbytes_used == (12 + 8) * 8 * 4
+    pool.reserve(Layout.of(make_adapter({"a.k": 5})))
+    assert pool.nbytes_used == (12 + 8) * 5 * 4
 
 
 def test_no_room_is_none_and_takes_nothing() -> None:
@@ -118,12 +120,12 @@ def test_no_room_is_none_and_takes_nothing() -> None:
 
 
 def test_an_adapter_that_never_fits_is_refused_by_the_setting_to_raise() -> None:
-    pool = make_pool(pages=1)
+    pool = make_pool(ranks=1)
     with pytest.raises(AdapterTooLarge, match="adapter-memory"):
         pool.check_fits(Layout.of(make_adapter({"a.k": 800})))
 
 
-def test_memory_below_one_page_per_site_is_an_error() -> None:
+def test_memory_below_one_rank_per_site_is_an_error() -> None:
     with pytest.raises(ValueError, match="below the least useful"):
         SlotPool(BASE, num_slots=1, memory=100, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -135,7 +137,7 @@ def test_generations_tell_two_contents_of_one_slot_apart() -> None:
         adapter = make_adapter({"a.q": 2})
         placement = pool.reserve(Layout.of(adapter))
         assert placement is not None
-        pool.publish(placement, adapter)
+        pool.publish(placement)
         seen.add(pool.generations[placement.slot])
         pool.free(placement)
     assert len(seen) == 3

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from peft import PrefixTuningConfig
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from tests.support.adapters import make_lora
+from tests.support.adapters import make_adapter, make_lora
 from tests.support.models import tiny_model
 from weft.adapters.store import digest
 from weft.server.cli import create_cli
@@ -70,6 +71,30 @@ def test_no_weights_of_the_base_are_needed(base: Path, adapter: Path, tmp_path: 
     assert check(adapter, "--base", bare).exit_code == 0
 
 
+def test_a_method_that_needs_the_weights_reads_them(base: Path, tmp_path: Path) -> None:
+    adapter = make_lora(base, tmp_path / "dora", r=5, target_modules=["q_proj"], use_dora=True)
+    result = check(adapter, "--base", base)
+    assert result.exit_code == 0, result.output
+    assert "forms    LowRank, Gain, Bias" in result.stdout.splitlines()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((base / "config.json").read_bytes())
+    result = check(adapter, "--base", bare)
+    assert result.exit_code == 1
+    assert "follows from the weights" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_virtual_tokens_are_told(base: Path, tmp_path: Path) -> None:
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    lines = check(make_adapter(base, tmp_path / "prefix", config), "--base", base).stdout.splitlines()
+    assert lines[1:5] == [
+        "method   PREFIX_TUNING",
+        "forms    PrefixKV",
+        "rank     0",
+        "prompt   6 virtual tokens, the first real one at 6",
+    ]
+
+
 def test_a_missing_tensor_is_named(base: Path, adapter: Path) -> None:
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -86,10 +111,10 @@ def test_a_missing_tensor_is_named(base: Path, adapter: Path) -> None:
 
 
 def test_an_option_that_cannot_be_honoured_is_named(base: Path, adapter: Path) -> None:
-    edit_config(adapter, use_dora=True)
+    edit_config(adapter, use_qalora=True)
     result = check(adapter, "--base", base)
     assert result.exit_code == 1
-    assert "use_dora" in result.stderr
+    assert "use_qalora" in result.stderr
     assert "(adapter_unsupported)" in result.stderr
 
 

@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weft.kernels.grouped_lora import RankPages, grouped_lora, grouped_lora_packed, pack, packed, reference, triton
+from weft.kernels.grouped_lora import grouped_lora, grouped_lora_packed, pack, packed, reference, triton
 from weft.kernels.groups import RowGroups
-from weft.kernels.testing import TOLERANCES, assert_close, random_pages
+from weft.kernels.slot_rows import SlotRows
+from weft.kernels.testing import TOLERANCES, assert_close, random_factors
 
 DTYPES = st.sampled_from(list(TOLERANCES))
 SLOTS = 5
@@ -42,15 +43,15 @@ def cases(draw: st.DrawFn, max_rows: int, max_width: int, max_rank: int) -> tupl
     slots = draw(st.lists(st.integers(-1, SLOTS - 1), max_size=max_rows))
     ranks = draw(st.lists(st.integers(0, max_rank), min_size=SLOTS, max_size=SLOTS))
     widths = draw(st.tuples(st.integers(1, max_width), st.integers(1, max_width)))
-    return slots, ranks, widths, draw(DTYPES), draw(st.sampled_from([1, 3, 8, 16])), draw(st.booleans())
+    return slots, ranks, widths, draw(DTYPES), draw(st.booleans())
 
 
-def build(case: tuple) -> tuple[Tensor, Tensor, RankPages, RowGroups]:
-    slots, ranks, (width_in, width_out), dtype, page, strided = case
+def build(case: tuple) -> tuple[Tensor, Tensor, tuple[SlotRows, SlotRows], RowGroups]:
+    slots, ranks, (width_in, width_out), dtype, strided = case
     y = rows_of(width_out, len(slots), dtype, strided=strided, seed=1)
     x = rows_of(width_in, len(slots), dtype, strided=strided, seed=2)
     groups = RowGroups.build(slots, "cpu", block_rows=32 if strided else 16)
-    return y, x, random_pages(ranks, width_in, width_out, dtype, page=page), groups
+    return y, x, random_factors(ranks, width_in, width_out, dtype), groups
 
 
 @given(cases(max_rows=40, max_width=600, max_rank=90))
@@ -58,16 +59,16 @@ def build(case: tuple) -> tuple[Tensor, Tensor, RankPages, RowGroups]:
 def test_triton_agrees_with_the_reference(case: tuple) -> None:
     y, x, weights, groups = build(case)
     before, expected = y.clone(), y.clone()
-    reference.grouped_lora(expected, x, weights, groups)
-    triton.grouped_lora(y, x, weights, groups)
+    reference.grouped_lora(expected, x, *weights, groups)
+    triton.grouped_lora(y, x, *weights, groups)
     check(y, before, expected, case[0], case[1])
 
 
 def test_triton_at_the_largest_rank() -> None:
-    y, x, weights, groups = build(([0, 1, -1, 0], [256, 1, 0, 0, 0], (130, 70), torch.float32, 16, False))
+    y, x, weights, groups = build(([0, 1, -1, 0], [256, 1, 0, 0, 0], (130, 70), torch.float32, False))
     expected = y.clone()
-    reference.grouped_lora(expected, x, weights, groups)
-    triton.grouped_lora(y, x, weights, groups)
+    reference.grouped_lora(expected, x, *weights, groups)
+    triton.grouped_lora(y, x, *weights, groups)
     assert_close(y, expected)
 
 
@@ -76,8 +77,8 @@ def test_triton_at_the_largest_rank() -> None:
 def test_torch_agrees_with_the_reference(case: tuple) -> None:
     y, x, weights, groups = build(case)
     before, expected = y.clone(), y.clone()
-    reference.grouped_lora(expected, x, weights, groups)
-    grouped_lora(y, x, weights, groups)
+    reference.grouped_lora(expected, x, *weights, groups)
+    grouped_lora(y, x, *weights, groups)
     check(y, before, expected, case[0], case[1])
 
 
@@ -85,10 +86,10 @@ def test_torch_agrees_with_the_reference(case: tuple) -> None:
 @settings(deadline=None, max_examples=15)
 def test_torch_agrees_on_long_segments(slots: list[int], in_order: bool, dtype: torch.dtype) -> None:
     slots, ranks = (sorted(slots) if in_order else slots), [16, 8, 4, 16, 0]
-    y, x, weights, groups = build((slots, ranks, (96, 160), dtype, 8, True))
+    y, x, weights, groups = build((slots, ranks, (96, 160), dtype, True))
     before, expected = y.clone(), y.clone()
-    reference.grouped_lora(expected, x, weights, groups)
-    grouped_lora(y, x, weights, groups)
+    reference.grouped_lora(expected, x, *weights, groups)
+    grouped_lora(y, x, *weights, groups)
     check(y, before, expected, slots, ranks)
 
 
@@ -100,98 +101,96 @@ def test_the_reference_is_the_dense_formula(case: tuple) -> None:
     expected = y.double()
     for t, slot in enumerate(slots):
         for j in range(ranks[slot] if slot >= 0 else 0):
-            page, row = divmod(j, weights.page_size)
-            a = weights.a_pool[weights.a_pages[slot, page], row].double()
-            b = weights.b_pool[weights.b_pages[slot, page], row].double()
+            a, b = (rows.pool[rows.table[slot, j]].double() for rows in weights)
             expected[t] += b * (a @ x[t].double())
-    reference.grouped_lora(y, x, weights, groups)
+    reference.grouped_lora(y, x, *weights, groups)
     assert_close(y, expected.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_inner_vector_is_rounded_as_peft_rounds_it(dtype: torch.dtype) -> None:
-    weights, groups = random_pages([16], 512, 64, dtype), RowGroups.build([0] * 64, "cpu")
+    weights, groups = random_factors([16], 512, 64, dtype), RowGroups.build([0] * 64, "cpu")
     x, y = rows_of(512, 64, dtype, strided=False, seed=3), torch.zeros(64, 64, dtype=dtype)
-    both = pack(weights, groups.active)
+    both = pack(*weights, groups.active)
     peft = torch.nn.functional.linear(torch.nn.functional.linear(x, both.a), both.b.T)
-    reference.grouped_lora(y, x, weights, groups)
+    reference.grouped_lora(y, x, *weights, groups)
     assert (y == peft).float().mean() > 0.99  # the rest: sums in another order, at the edge of a rounding
 
 
 def test_another_adapters_overflow_does_not_leak() -> None:
     slots = [0, 1, 2, 1, 0, -1]
-    y, x, weights, groups = build((slots, [4, 4, 4, 0, 0], (20, 12), torch.float32, 4, False))
+    y, x, weights, groups = build((slots, [4, 4, 4, 0, 0], (20, 12), torch.float32, False))
     alone = y.clone()
-    grouped_lora(alone, x, weights, groups)
-    for pool, pages in ((weights.a_pool, weights.a_pages), (weights.b_pool, weights.b_pages)):
-        pool[pages[1, 0]] = float("inf")
+    grouped_lora(alone, x, *weights, groups)
+    for rows in weights:
+        rows.pool[rows.table[1, 0]] = float("inf")
         for implementation in (reference.grouped_lora, grouped_lora, triton.grouped_lora):
             mixed = y.clone()
             with np.errstate(invalid="ignore"):  # the interpreter is numpy, and inf - inf is what slot 1 asks for
-                implementation(mixed, x, weights, groups)
+                implementation(mixed, x, *weights, groups)
             others = [t for t, slot in enumerate(slots) if slot != 1]
             assert_close(mixed[others], alone[others])
             assert not mixed[[1, 3]].isfinite().any()
 
 
 def test_weights_packed_for_more_slots_serve_fewer() -> None:
-    y, x, weights, groups = build(([3, -1, 3, 1], [8, 4, 0, 6, 2], (30, 40), torch.float32, 4, False))
+    y, x, weights, groups = build(([3, -1, 3, 1], [8, 4, 0, 6, 2], (30, 40), torch.float32, False))
     expected = y.clone()
-    reference.grouped_lora(expected, x, weights, groups)
-    wide = pack(weights, (0, 1, 2, 3, 4))
+    reference.grouped_lora(expected, x, *weights, groups)
+    wide = pack(*weights, (0, 1, 2, 3, 4))
     assert wide.layout == ((0, 8), (1, 4), (3, 6), (4, 2))
     grouped_lora_packed(y, x, wide, groups)
     assert_close(y, expected)
     with pytest.raises(ValueError, match=r"slots \[3\], but the weights were packed for slots \(0, 1\)"):
-        grouped_lora_packed(y, x, pack(weights, (0, 1)), groups)
+        grouped_lora_packed(y, x, pack(*weights, (0, 1)), groups)
 
 
 def test_sites_of_one_layout_share_their_blocks() -> None:
     groups = RowGroups.build([0, 1, 2, 0], "cpu")
     built = []
     for width in (20, 30):
-        weights = random_pages([4, 8, 2], width, width, torch.float32)
-        grouped_lora(torch.zeros(4, width), torch.zeros(4, width), weights, groups)
+        weights = random_factors([4, 8, 2], width, width, torch.float32)
+        grouped_lora(torch.zeros(4, width), torch.zeros(4, width), *weights, groups)
         built.append(list(groups._plans.values()))
-    assert len(built[1]) == 1 and built[0][0] is built[1][0]
+    assert len(built[0]) == len(built[1]) and all(a is b for a, b in zip(*built, strict=True))
 
 
 def test_a_batch_on_the_base_is_left_alone() -> None:
     groups = RowGroups.build([-1, -1], "cpu")
-    weights = random_pages([4], 8, 8, torch.float32)
+    weights = random_factors([4], 8, 8, torch.float32)
     for implementation in (reference.grouped_lora, grouped_lora, triton.grouped_lora):
         y = torch.full((2, 8), -0.0)
-        implementation(y, torch.ones(2, 8), weights, groups)
+        implementation(y, torch.ones(2, 8), *weights, groups)
         assert torch.equal(bits(y), bits(torch.full((2, 8), -0.0)))
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    weights, groups = random_pages([4, 4], 8, 6, torch.float32), RowGroups.build([0, 1], "cpu")
+    weights, groups = random_factors([4, 4], 8, 6, torch.float32), RowGroups.build([0, 1], "cpu")
     y, x = torch.zeros(2, 6), torch.zeros(2, 8)
     with pytest.raises(ValueError, match="do not fit 2 rows"):
-        grouped_lora(y, x[:1], weights, groups)
+        grouped_lora(y, x[:1], *weights, groups)
     with pytest.raises(ValueError, match="do not fit"):
-        grouped_lora(x, x, weights, groups)
+        grouped_lora(x, x, *weights, groups)
     with pytest.raises(ValueError, match="dtypes must be equal"):
-        grouped_lora(y.half(), x, weights, groups)
+        grouped_lora(y.half(), x, *weights, groups)
     with pytest.raises(ValueError, match="slot 2"):
-        grouped_lora(y, x, weights, RowGroups.build([0, 2], "cpu"))
+        grouped_lora(y, x, *weights, RowGroups.build([0, 2], "cpu"))
 
 
 def test_few_rows_share_their_products_and_many_do_not() -> None:
-    weights = random_pages([4, 4], 8, 8, torch.float32)
+    weights = random_factors([4, 4], 8, 8, torch.float32)
     few = RowGroups.build([0, 1, 0, -1], "cpu")
     rows = packed.WORTH_A_PRODUCT[4] // 4 + 1
     many = RowGroups.build([1, *[0] * rows], "cpu")
     for groups, expected in ((few, [(slice(0, 3), True)]), (many, [(slice(1, rows + 1), False), (slice(0, 1), False)])):
-        grouped_lora(torch.zeros(groups.num_rows, 8), torch.zeros(groups.num_rows, 8), weights, groups)
-        (blocks,) = groups._plans.values()
+        grouped_lora(torch.zeros(groups.num_rows, 8), torch.zeros(groups.num_rows, 8), *weights, groups)
+        blocks = list(groups._plans.values())[-1]
         assert [(block.rows, block.foreign is not None) for block in blocks] == expected
 
 
 def test_packing_a_slot_without_weights() -> None:
-    y, x, weights, groups = build(([0, 0], [0, 4, 0, 0, 0], (6, 5), torch.float32, 4, False))
-    assert pack(weights, groups.active).layout == ()
+    y, x, weights, groups = build(([0, 0], [0, 4, 0, 0, 0], (6, 5), torch.float32, False))
+    assert pack(*weights, groups.active).layout == ()
     before = y.clone()
-    grouped_lora(y, x, weights, groups)
+    grouped_lora(y, x, *weights, groups)
     assert torch.equal(bits(y), bits(before))

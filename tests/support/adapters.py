@@ -6,11 +6,12 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
 from transformers import AutoModelForCausalLM
@@ -37,6 +38,26 @@ def make_lora(base: Path, folder: Path, *, seed: int = 0, scale: float = 0.5, **
     return folder
 
 
+def make_adapter(base: Path, folder: Path, config: PeftConfig, *, seed: int = 0, scale: float = 0.3) -> Path:
+    """Save an adapter of any of peft's methods for the model in ``base`` to ``folder`` and return ``folder``.
+
+    Args:
+        seed: of the weights; other seeds give other adapters.
+        scale: size of the noise on every trained parameter: enough to change the greedy tokens.
+    """
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, deepcopy(config))  # peft writes into it
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                fan = math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 1.0
+                parameter.add_(torch.randn_like(parameter) * scale / (fan if fan > 1 else 1.0))
+        adapted.save_pretrained(str(folder))
+    return folder
+
+
 class Generation(NamedTuple):
     """Greedy tokens, and the log-probabilities ``[steps, vocab]`` (fp32) each was chosen from."""
 
@@ -57,9 +78,11 @@ class PeftReference:
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """``[len(ids), vocab]``."""
-        out: torch.Tensor = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
-        return out
+        """``[len(ids), vocab]``; what an adapter puts in front of ``ids`` is left out."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out: torch.Tensor = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+        return out[-len(ids) :]
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Generation:
         """Greedy continuation of ``ids``; goes on past the end-of-sequence token."""
@@ -105,3 +128,8 @@ def _randomise(model: torch.nn.Module, scale: float) -> None:
             up.weight.normal_(std=scale / math.sqrt(rank) / factor)
             if up.bias is not None:
                 up.bias.normal_(std=scale / factor)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "magnitude" in name:
+            parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+        elif parameter.requires_grad and ".lora_" not in name:
+            parameter.add_(0.3 * torch.randn_like(parameter))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from weft.adapters.forms import CompiledAdapter, SiteForms
 
@@ -31,8 +33,20 @@ def applied(model: nn.Module, adapter: CompiledAdapter) -> Iterator[None]:
 
 def _hook(forms: SiteForms) -> Any:
     def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        x = args[0]
+        own = {name: getattr(forms, name) for name in ("weight", "bias") if getattr(forms, name) is not None}
+        if own:
+            twin = deepcopy(module)
+            twin._forward_hooks.clear()  # this very hook is among them
+            output = functional_call(twin, own, (x,))
+        if forms.gain_in is not None:
+            output = type(module).forward(module, x * forms.gain_in)
+        if forms.gain_out is not None:
+            output = output * forms.gain_out
+        if forms.shift is not None:
+            output = output + forms.shift
         if forms.low_rank is not None:
-            output = output + args[0] @ forms.low_rank.a.T @ forms.low_rank.b.T
-        return output if forms.bias is None else output + forms.bias
+            output = output + x @ forms.low_rank.a.T @ forms.low_rank.b.T
+        return output if forms.delta is None else output + x @ forms.delta.T
 
     return add

@@ -1,0 +1,50 @@
+"""Every method beside plain LoRA: adapters saved by peft, compiled to forms, against peft with the adapter alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.adapters.cases import all_cases, all_gpt2_cases
+from tests.adapters.conftest import TinyBase
+from tests.support.adapters import PeftReference, make_adapter
+from tests.support.forms import applied
+from weft.adapters.methods import METHODS, compile_adapter
+
+PROMPT = [5, 17, 3, 120, 44, 9, 77, 31]
+TOLERANCE = 1e-5
+"""Of the largest logit."""
+
+CASES = all_cases()
+GPT2_CASES = all_gpt2_cases()
+
+
+def assert_parity(tiny: TinyBase, folder: Path) -> None:
+    """The compiled forms, applied by hand to the base, give peft's logits; and the adapter does something."""
+    expected = PeftReference(tiny.folder, folder).logits(PROMPT)
+    compiled = compile_adapter(folder, tiny.base, version="v")
+    with torch.no_grad(), applied(tiny.model, compiled):
+        actual = tiny.model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits[0]
+    size = float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE * size)
+    base = PeftReference(tiny.folder).logits(PROMPT)
+    assert 0.02 * size < float((base - expected).abs().max()) and size < 100, "an adapter that proves nothing"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case_equals_peft(case: str, llama: TinyBase, tmp_path: Path) -> None:
+    assert_parity(llama, make_adapter(llama.folder, tmp_path / "adapter", CASES[case]))
+
+
+@pytest.mark.parametrize("case", GPT2_CASES)
+def test_case_on_conv1d_equals_peft(case: str, tiny_base: Callable[[str], TinyBase], tmp_path: Path) -> None:
+    gpt2 = tiny_base("gpt2")
+    assert_parity(gpt2, make_adapter(gpt2.folder, tmp_path / "adapter", GPT2_CASES[case]))
+
+
+def test_every_method_has_a_case() -> None:
+    methods = {config.peft_type.value for config in CASES.values()}
+    assert methods | {"LORA"} == set(METHODS)

@@ -1,0 +1,50 @@
+"""Every method in one mixed batch, each request as peft runs its adapter alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from peft import PeftConfig
+
+from tests.adapters.cases import all_cases, all_gpt2_cases
+from tests.engine.conftest import Zoo
+from tests.engine.harness import Oracles, assert_alone, random_prompt
+from tests.engine.test_prompts import prompt_configs
+from tests.engine.variants import lora_variants
+from tests.support.adapters import make_adapter, make_lora
+from tests.support.models import tiny_model
+
+CONFIGS: dict[str, Callable[[], dict[str, PeftConfig]]] = {"llama": all_cases, "gpt2": all_gpt2_cases}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def everything(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    arch: str = request.param
+    folder = tmp_path_factory.mktemp(f"all-{arch}")
+    base = tiny_model(arch, folder / "base")
+    adapters: dict[str, Path] = {}
+    for seed, (name, config) in enumerate(CONFIGS[arch]().items()):
+        adapters[name] = make_adapter(base, folder / name, config, seed=seed)
+    for name, config in prompt_configs().items():
+        adapters[name] = make_adapter(base, folder / name, config, scale=3.0)
+    for name, fields in lora_variants(arch).items():
+        adapters[f"lora-{name}"] = make_lora(base, folder / f"lora-{name}", **fields)
+    return Zoo(base, adapters, Oracles(base, adapters))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_num_batched_tokens": 256, "block_size": 8}], ids=["whole prompts", "chunked prefill"]
+)
+def test_all_methods_in_one_batch_equal_peft(settings: dict, everything: Zoo) -> None:
+    count = len(everything.adapters) + 1
+    driver = everything.driver(max_adapters=count, max_num_seqs=count, adapter_memory=1 << 26, **settings)
+    rng = random.Random(0)
+    for name in (*everything.adapters, None):
+        driver.add(random_prompt(rng, 8, 40), name, max_tokens=25)
+    driver.run()
+    assert driver.engine.stats().max_step_adapters == count - 1
+    for stream in driver.streams.values():
+        assert_alone(stream, everything.oracles[stream.request.adapter])
