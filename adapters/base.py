@@ -19,8 +19,10 @@ class Site:
 
     Attributes:
         path: its name in ``model.named_modules()``, e.g. ``model.layers.0.self_attn.q_proj``.
-        kind: ``"linear"`` (weight ``[out, in]``), ``"conv1d"`` (GPT-2's, weight ``[in, out]``) or ``"norm"``.
-        in_features, out_features: widths of input and output, whatever the storage order.
+        kind: ``"linear"`` (weight ``[out, in]``), ``"conv1d"`` (GPT-2's, weight ``[in, out]``), ``"norm"`` or
+            ``"embedding"`` (weight ``[in, out]``).
+        in_features, out_features: widths of input and output, whatever the storage order; an embedding's input is as
+            wide as its vocabulary.
         has_bias: whether the base adds a bias here.
     """
 
@@ -44,7 +46,10 @@ class Base:
         dtype: of the base's weights.
         hidden_size: width of the embeddings.
         kv_heads, head_dim: of the keys and values, by the configuration.
+        embedding: the module that makes vectors of token ids.
+        embedding_scale: what that module multiplies its weight with (Gemma 3).
         head: path of the module that makes the logits (``lm_head``), if the model names one.
+        tied: the head's weight is the embedding's.
         parameters: the base's own parameters by name, tied ones under each of their names; references, no copies.
     """
 
@@ -57,7 +62,10 @@ class Base:
     hidden_size: int = 0
     kv_heads: int = 0
     head_dim: int = 0
+    embedding: Site | None = None
+    embedding_scale: float = 1.0
     head: str | None = None
+    tied: bool = False
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -75,6 +83,9 @@ class Base:
         config = model.config
         output = model.get_output_embeddings()
         head = next((path for path, module in model.named_modules() if module is output), None)
+        vectors = model.get_input_embeddings()
+        source = next(path for path, module in model.named_modules() if module is vectors)
+        vocab_size, width = vectors.get_parameter("weight").shape
         return cls(
             model_type=config.model_type,
             num_layers=config.num_hidden_layers,
@@ -85,22 +96,27 @@ class Base:
             hidden_size=config.hidden_size,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            embedding=Site(source, "embedding", vocab_size, width, False),
+            embedding_scale=float(getattr(vectors, "scalar_embed_scale", 1.0)),
             head=head,
+            tied=output is not None and output.weight is vectors.weight,
             parameters={name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)},
         )
 
     def module(self, path: str) -> Site | None:
         """The module at ``path``, if adapters can attach to it."""
+        if self.embedding is not None and path == self.embedding.path:
+            return self.embedding
         return self.sites.get(path) or self.norms.get(path)
 
     def weight(self, site: Site) -> torch.Tensor:
-        """The frozen weight of a site, ``[out, in]`` in fp32 on the CPU whatever its storage order.
+        """The frozen weight of a site, fp32 on the CPU: ``[out, in]`` of a linear layer whatever its storage order.
 
         Raises:
             BaseWeightsNeeded: the base is known by its shape alone.
         """
         weight = self._loaded(f"{site.path}.weight").float()
-        return weight if site.kind == "linear" else weight.T
+        return weight.T if site.kind == "conv1d" else weight
 
     def bias(self, site: Site) -> torch.Tensor | None:
         """The frozen bias of a site, ``[out]`` in fp32 on the CPU; None where it has none.

@@ -26,6 +26,7 @@ class Part(StrEnum):
     GAIN_OUT = "gain_out"
     SHIFT = "shift"
     DELTA = "delta"
+    ROWS = "rows"
     WEIGHT = "weight"
     BIAS = "bias"
 
@@ -53,6 +54,19 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding, or of the head, that stand in for the base's.
+
+    Attributes:
+        ids: int64 ``[n]``, tokens, ascending.
+        vectors: ``[n, hidden]``; an embedding's as the module returns them.
+    """
+
+    ids: torch.Tensor
+    vectors: torch.Tensor
+
+
+@dataclass(frozen=True)
 class SiteForms:
     """What one adapter does at one site of the base; see the formula above.
 
@@ -62,6 +76,7 @@ class SiteForms:
         gain_out: ``[out]``, scales what the base computes, its bias included.
         shift: ``[out]``, added to that.
         delta: ``[out, in]``, an update of W without a cheaper structure.
+        rows: of an embedding or the head.
         weight, bias: ``[out]``, of a norm, in place of the base's.
     """
 
@@ -70,6 +85,7 @@ class SiteForms:
     gain_out: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     delta: torch.Tensor | None = None
+    rows: TokenRows | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
@@ -84,6 +100,8 @@ class SiteForms:
                 parts[part] = row.unsqueeze(0)
         if self.delta is not None:
             parts[Part.DELTA] = self.delta
+        if self.rows is not None:
+            parts[Part.ROWS] = self.rows.vectors
         return parts
 
     @property
@@ -99,6 +117,7 @@ _NAMES = {
     "gain_out": "Gain",
     "shift": "Bias",
     "delta": "Delta",
+    "rows": "Replace",
     "weight": "Replace",
     "bias": "Replace",
 }

@@ -98,6 +98,12 @@ class LinearSite(nn.Module):
         delta = self._active(Part.DELTA, groups)
         if delta is not None:
             grouped_delta(y, x, delta, groups)
+        own = self._active(Part.ROWS, groups)
+        if own is not None:
+            for slot, start, stop in groups.segments:
+                if own.host_counts[slot]:
+                    index = groups.order[start:stop].long()
+                    y[index[:, None], self._pool.ids(self._path, slot)] = x[index] @ own.of(slot).T
 
     def _active(self, part: Part, groups: RowGroups) -> SlotRows | None:
         """The rows of a part, if some row of the batch has any."""
@@ -145,11 +151,13 @@ class NormSite(nn.Module):
 
 
 class EmbeddingSite(nn.Module):
-    """The token embedding of the base, and virtual tokens, which have no id."""
+    """The token embedding of the base, what adapters change about it, and virtual tokens, which have no id."""
 
-    def __init__(self, embedding: nn.Module, rows: ActiveRows) -> None:
+    def __init__(self, embedding: nn.Module, path: str, pool: SlotPool, rows: ActiveRows) -> None:
         super().__init__()
         self.embedding = embedding
+        self._path = path
+        self._pool = pool
         self._rows = rows
 
     @property
@@ -159,10 +167,31 @@ class EmbeddingSite(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         vectors: torch.Tensor = self.embedding(ids)
+        groups = self._rows.tokens
+        if groups is not None and groups.active:
+            self._add_adapters(vectors.view(-1, vectors.shape[-1]), ids.flatten(), groups)
         if self._rows.embeddings is not None:
             places, virtual = self._rows.embeddings
             vectors.view(-1, vectors.shape[-1]).index_copy_(0, places, virtual.to(vectors.dtype))
         return vectors
+
+    def _add_adapters(self, vectors: torch.Tensor, ids: torch.Tensor, groups: RowGroups) -> None:
+        parts = {part: self._pool.rows(self._path, part) for part in (Part.GAIN_OUT, Part.A, Part.B, Part.ROWS)}
+        if not any(parts.values()):
+            return
+        grouped_affine(vectors, parts[Part.GAIN_OUT], None, groups)
+        a, b, own = parts[Part.A], parts[Part.B], parts[Part.ROWS]
+        for slot, start, stop in groups.segments:
+            index = groups.order[start:stop].long()
+            tokens = ids[index]
+            if a is not None and b is not None and a.host_counts[slot]:
+                # The input is one-hot, so the product with A is a choice of its columns.
+                vectors.index_add_(0, index, a.of(slot)[:, tokens].T @ b.of(slot))
+            if own is not None and own.host_counts[slot]:
+                known = self._pool.ids(self._path, slot)
+                at = torch.searchsorted(known, tokens).clamp_(max=len(known) - 1)
+                found = (known[at] == tokens).unsqueeze(1)
+                vectors.index_copy_(0, index, torch.where(found, own.of(slot)[at], vectors[index]))
 
 
 def attach_sites(model: PreTrainedModel, base: Base, pool: SlotPool) -> ActiveRows:
@@ -177,5 +206,6 @@ def attach_sites(model: PreTrainedModel, base: Base, pool: SlotPool) -> ActiveRo
         model.set_submodule(path, LinearSite(linear, path, pool, rows, output=linear is output))
     for path in base.norms:
         model.set_submodule(path, NormSite(model.get_submodule(path), path, pool, rows))
-    model.set_input_embeddings(EmbeddingSite(model.get_input_embeddings(), rows))
+    assert base.embedding is not None, "a base that is loaded has an embedding"
+    model.set_input_embeddings(EmbeddingSite(model.get_input_embeddings(), base.embedding.path, pool, rows))
     return rows

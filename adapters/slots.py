@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,20 +29,21 @@ class Layout:
 
     Attributes:
         rows: how many rows it has at each place; places without any are absent.
+        ids: the tokens of ``Part.ROWS`` by path.
     """
 
     rows: Mapping[Place, int]
+    ids: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapter: CompiledAdapter) -> Layout:
-        return cls(
-            {
-                (path, part): len(rows)
-                for path, forms in adapter.sites.items()
-                for part, rows in forms.parts().items()
-                if len(rows)
-            }
-        )
+        counts = {
+            (path, part): len(rows)
+            for path, forms in adapter.sites.items()
+            for part, rows in forms.parts().items()
+            if len(rows)
+        }
+        return cls(counts, {path: forms.rows.ids for path, forms in adapter.sites.items() if forms.rows})
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class SlotPool:
         self.device = device
         self._base = base
         widths = Counter[int]()
-        for site in base.sites.values():
+        for site in (*base.sites.values(), *((base.embedding,) if base.embedding else ())):
             widths.update((site.in_features, site.out_features))
         per_rank = sum(width * count for width, count in widths.items()) * dtype.itemsize
         ranks = memory // per_rank
@@ -96,6 +97,7 @@ class SlotPool:
         self._pools = {width: _Pool(width, count, dtype, device) for width, count in self.capacity.items()}
         self.nbytes_total = ranks * per_rank
         self._tables: dict[Place, SlotRows] = {}
+        self._ids: dict[tuple[str, int], torch.Tensor] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._placed: dict[int, Placement] = {}
         self.generations = [0] * num_slots
@@ -163,6 +165,8 @@ class SlotPool:
         self.generations[placement.slot] += 1
         for place, rows in placement.rows.items():
             self._set(place, placement.slot, rows)
+        for path, ids in placement.layout.ids.items():
+            self._ids[path, placement.slot] = ids.to(self.device)
 
     def free(self, placement: Placement) -> None:
         """Give back a slot and its rows, published or not."""
@@ -175,12 +179,18 @@ class SlotPool:
                 self._set(place, slot, [])
         for width, rows in given_back.items():
             self._pools[width].free.give_back(rows)
+        for path in placement.layout.ids:
+            self._ids.pop((path, slot), None)
         del self._placed[slot]
         self._free_slots.append(slot)
 
     def rows(self, path: str, part: Part) -> SlotRows | None:
         """The rows of every slot at one place, for the kernels; None while no slot has any."""
         return self._tables.get((path, part))
+
+    def ids(self, path: str, slot: int) -> torch.Tensor:
+        """int64 tokens of the rows that a slot has as ``Part.ROWS`` at a path, ascending."""
+        return self._ids[path, slot]
 
     def _set(self, place: Place, slot: int, rows: list[int]) -> None:
         """Name the rows of a slot in the table of a place, which is there while some slot has rows."""
@@ -206,6 +216,8 @@ class SlotPool:
         path, part = place
         site = self._base.module(path)
         assert site is not None, f"{path} is not a module of the base that adapters attach to"
+        if part is Part.ROWS:  # as wide as the hidden state, which the head takes in and the embedding gives out
+            return site.out_features if site.kind == "embedding" else site.in_features
         return site.in_features if part.of_input else site.out_features
 
     def _need(self, layout: Layout) -> Counter[int]:

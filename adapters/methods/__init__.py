@@ -52,6 +52,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "PSOFT": "psoft",
         "TINYLORA": "tinylora",
         "LN_TUNING": "ln_tuning",
+        "TRAINABLE_TOKENS": "trainable_tokens",
     }
 )
 """peft_type to the module of this package that serves it; imported when first used."""

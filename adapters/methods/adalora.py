@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from weft.adapters.base import Base
 from weft.adapters.checkpoint import Checkpoint
-from weft.adapters.config_fields import ConfigFields, FieldTable, show
+from weft.adapters.config_fields import ConfigFields, FieldTable, Neutral, show
 from weft.adapters.errors import AdapterFormatError
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults, lora
@@ -34,6 +34,7 @@ FIELDS = lora.SHARED_FIELDS | FieldTable(
         "use_rslora": "AdaLoRA divides by the rank",
         "ensure_weight_tying": "AdaLoRA ties nothing",
     },
+    neutral={"trainable_token_indices": Neutral("trained token embeddings replace those of the base")},
 )
 """Every field of peft 0.21.2's AdaLoraConfig."""
 

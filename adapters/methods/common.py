@@ -10,7 +10,7 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint, is_finite
 from weft.adapters.config_fields import ConfigFields, FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported, BaseWeightsNeeded
-from weft.adapters.forms import LowRank, PrefixKV, Prompt, SiteForms, SoftPrompt
+from weft.adapters.forms import LowRank, PrefixKV, Prompt, SiteForms, SoftPrompt, TokenRows
 from weft.adapters.methods.targets import Selector, targeted_sites
 
 PREFIX = "base_model.model."
@@ -36,17 +36,23 @@ def check_task(config: ConfigFields) -> None:
 
 
 def method_sites(
-    checkpoint: Checkpoint, base: Base, fields: FieldTable, defaults: Mapping[str, Selector]
+    checkpoint: Checkpoint,
+    base: Base,
+    fields: FieldTable,
+    defaults: Mapping[str, Selector],
+    *,
+    embeddings: bool = False,
 ) -> list[Site]:
     """The sites a config adapts, once all its fields were checked: how the loaders of linear methods begin.
 
     Args:
         fields: every field the method's config can have.
         defaults: the method's own targets by model type, for a config that names none.
+        embeddings: the method adapts the token embedding too.
     """
     check_task(checkpoint.config)
     checkpoint.config.check(fields)
-    return targeted_sites(checkpoint.config, base, defaults)
+    return targeted_sites(checkpoint.config, base, defaults, embeddings=embeddings)
 
 
 def site_tensor(checkpoint: Checkpoint, site: Site, part: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -75,7 +81,10 @@ def cast_forms(forms: SiteForms, dtype: torch.dtype, path: str) -> SiteForms:
         low_rank = LowRank(a, b)
     names = ("gain_in", "gain_out", "shift", "delta", "weight", "bias")
     others = {name: cast(getattr(forms, name), name) for name in names}
-    return SiteForms(low_rank, **others)
+    rows = None
+    if forms.rows is not None:
+        rows = TokenRows(forms.rows.ids, cast_finite(forms.rows.vectors, dtype, f"{path} (rows)"))
+    return SiteForms(low_rank, rows=rows, **others)
 
 
 def cast_prompt(prompt: Prompt, dtype: torch.dtype) -> Prompt:
@@ -94,7 +103,8 @@ def cast_prompt(prompt: Prompt, dtype: torch.dtype) -> Prompt:
 
 
 def take_saved_modules(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
-    """The modules that ``modules_to_save`` replaces, by path: norms, and linear layers as the difference they make.
+    """The modules that ``modules_to_save`` replaces, by path: norms, the token embedding, and linear layers as the
+    difference they make.
 
     peft replaces every module whose path ends with one of the names, dot or no dot, and saves its tensors whole.
 
@@ -116,7 +126,7 @@ def take_saved_modules(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForm
             forms[path] = _saved_module(checkpoint, base, site)
         elif f"{path}.weight" in base.parameters:
             raise AdapterUnsupported(
-                f"modules_to_save replaces {show(path)}, which is neither a linear layer nor a norm",
+                f"modules_to_save replaces {show(path)}, which is no linear layer, norm or token embedding",
                 param="modules_to_save",
             )
     return forms
@@ -139,6 +149,8 @@ def _saved_module(checkpoint: Checkpoint, base: Base, site: Site) -> SiteForms:
     weight, bias = saved("weight"), saved("bias") if site.has_bias else None
     if site.kind == "norm":
         return SiteForms(weight=weight, bias=bias)
+    if site.kind == "embedding":
+        return SiteForms(rows=TokenRows(torch.arange(site.in_features), weight * base.embedding_scale))
     own = base.bias(site)
     weight = weight.T if site.kind == "conv1d" else weight
     return SiteForms(delta=weight - base.weight(site), shift=None if bias is None or own is None else bias - own)

@@ -11,7 +11,7 @@ import torch
 from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, Neutral, as_integer, as_number, show
-from weft.adapters.errors import AdapterMismatch, AdapterUnsupported
+from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import (
@@ -23,6 +23,7 @@ from weft.adapters.methods.common import (
     take_saved_modules,
 )
 from weft.adapters.methods.targets import TARGET_FIELDS, match_patterns
+from weft.adapters.methods.token_rows import take_trained_tokens, token_module
 
 MAX_RANK = 1 << 14
 
@@ -48,7 +49,6 @@ SHARED_FIELDS = COMMON_FIELDS | FieldTable(
         "megatron_config": Neutral("the adapter was trained on Megatron's own layers"),
         "monteclora_config": Neutral("MonteCLoRA's sampler is saved with the adapter"),
         "target_parameters": Neutral("it adapts parameters outside linear layers"),
-        "trainable_token_indices": Neutral("trained token embeddings replace those of the base"),
         "use_bdlora": Neutral("BD-LoRA packs block-diagonal factors"),
         "use_dora": Neutral("DoRA rescales the output of every adapted layer"),
         "use_qalora": Neutral("QA-LoRA pools the input in groups"),
@@ -61,6 +61,7 @@ FIELDS = SHARED_FIELDS.without("use_dora") | FieldTable(
     honoured=(
         "r",
         "modules_to_save",
+        "trainable_token_indices",
         "lora_alpha",
         "use_rslora",
         "use_dora",
@@ -107,7 +108,7 @@ class _Scaling:
 def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``. Every scale is folded into the factors."""
     config = checkpoint.config
-    sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
+    sites = method_sites(checkpoint, base, FIELDS, defaults.LORA, embeddings=True)
     _check_init(config)
     _check_tying(config, sites, base)
     scaling = _Scaling.read(config, sites)
@@ -116,9 +117,12 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
         raise AdapterUnsupported("lora_bias with use_dora is not defined, nor does peft make it", param="lora_bias")
     _check_names(checkpoint, sites, base)
     biases = take_biases(checkpoint, base, sites)
-    forms = take_saved_modules(checkpoint, base)
+    forms = take_saved_modules(checkpoint, base) | _trained_tokens(checkpoint, base)
     check_apart(forms, sites)
     for site in sites:
+        if site is base.embedding:
+            forms[site.path] = _embedding_forms(checkpoint, base, site, *scaling.of(site), dora)
+            continue
         form = _site_forms(checkpoint, site, *scaling.of(site), with_bias)
         if dora:
             form = _rescaled(form, _magnitude(checkpoint, site), base, site)
@@ -134,6 +138,37 @@ def _site_forms(checkpoint: Checkpoint, site: Site, rank: int, scale: float, wit
         name = _name(checkpoint, site, "lora_B", "bias")
         shift = checkpoint.tensors.take(name, (site.out_features,)).float() * scale
     return SiteForms(LowRank(a, b * scale), shift=shift)
+
+
+def _embedding_forms(checkpoint: Checkpoint, base: Base, site: Site, rank: int, scale: float, dora: bool) -> SiteForms:
+    """A and B of the token embedding, whose input is one-hot; B is scaled as the module scales its own vectors."""
+    a = checkpoint.tensors.take(_name(checkpoint, site, "lora_embedding_A"), (rank, site.in_features)).float()
+    b = checkpoint.tensors.take(_name(checkpoint, site, "lora_embedding_B"), (site.out_features, rank)).float() * scale
+    if not dora:
+        return SiteForms(LowRank(a, b * base.embedding_scale))
+    if base.embedding_scale != 1.0:
+        raise AdapterUnsupported("use_dora on an embedding that scales its vectors is not served", param="use_dora")
+    gain = _magnitude(checkpoint, site) / (base.weight(site).T + b @ a).norm(dim=1)
+    return SiteForms(LowRank(a, gain[:, None] * b), gain_out=gain)
+
+
+def _trained_tokens(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
+    """The rows of ``trainable_token_indices``: of the embedding, or by the name of the module."""
+    value = checkpoint.config.value("trainable_token_indices", None)
+    if not value:
+        return {}
+    assert base.embedding is not None, "every base has an embedding"
+    by_name = value if isinstance(value, dict) else {base.embedding.path: value}
+    tokens: dict[str, list[object]] = {}
+    for name, ids in by_name.items():
+        if not isinstance(ids, list):
+            raise AdapterFormatError(
+                f"trainable_token_indices must be a list of tokens, or one for each module, got {show(value)}",
+                param="trainable_token_indices",
+            )
+        tokens[token_module(name, base, "trainable_token_indices")] = ids
+    part = "token_adapter.trainable_tokens_delta"
+    return take_trained_tokens(checkpoint, base, tokens, part, "trainable_token_indices")
 
 
 def _magnitude(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
@@ -170,10 +205,11 @@ def with_biases(forms: Mapping[str, SiteForms], biases: Mapping[str, torch.Tenso
     return result
 
 
-def _name(checkpoint: Checkpoint, site: Site, part: str, kind: str) -> str:
+def _name(checkpoint: Checkpoint, site: Site, part: str, kind: str = "") -> str:
     """The tensor's name. A state dict saved without peft's help keeps the adapter's name, by default ``default``."""
-    name = f"{PREFIX}{site.path}.{part}.{kind}"
-    named = f"{PREFIX}{site.path}.{part}.default.{kind}"
+    ending = f".{kind}" if kind else ""
+    name = f"{PREFIX}{site.path}.{part}{ending}"
+    named = f"{PREFIX}{site.path}.{part}.default{ending}"
     return named if named in checkpoint.tensors and name not in checkpoint.tensors else name
 
 

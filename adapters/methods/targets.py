@@ -25,13 +25,19 @@ Selector = str | tuple[str, ...]
 
 
 def targeted_sites(
-    config: ConfigFields, base: Base, defaults: Mapping[str, Selector], *, norms: bool = False
+    config: ConfigFields,
+    base: Base,
+    defaults: Mapping[str, Selector],
+    *,
+    norms: bool = False,
+    embeddings: bool = False,
 ) -> list[Site]:
     """The sites the config adapts, in the base's order.
 
     Args:
         defaults: the method's own targets by model type, for a config that names none.
         norms: the method adapts norms, not linear layers.
+        embeddings: the method adapts the token embedding too.
 
     Raises:
         AdapterFormatError: the fields contradict each other or hold a bad pattern.
@@ -62,7 +68,8 @@ def targeted_sites(
         raise AdapterMismatch(
             f"target_modules={show(targets)} selects no module of this {base.model_type} model", param="target_modules"
         )
-    return [_site(path, base, norms) for path in paths]
+    own = base.embedding if embeddings else None
+    return [own if own and path == own.path else _site(path, base, norms) for path in paths]
 
 
 def match_patterns(

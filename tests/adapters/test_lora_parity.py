@@ -82,7 +82,9 @@ def assert_parity(tiny: TinyBase, folder: Path) -> CompiledAdapter:
             continue  # the update is no longer a product of two factors; the logits tell
         # peft stores the update as the base stores its weight; Conv1D's is transposed.
         delta = layer.get_delta_weight("default").double()
-        delta = delta.T if tiny.base.sites[path].kind == "conv1d" else delta
+        site = tiny.base.module(path)
+        assert site is not None
+        delta = delta.T if site.kind in ("conv1d", "embedding") else delta
         torch.testing.assert_close(
             dense_delta(compiled.sites[path]), delta, rtol=0, atol=TOLERANCE * float(delta.abs().max())
         )

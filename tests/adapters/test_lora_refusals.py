@@ -39,8 +39,6 @@ def refusal(folder: Path, tiny: TinyBase, **options: Any) -> AdapterError:
 
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "modules_to_save": {"modules_to_save": ["embed_tokens"]},
-    "trainable_token_indices": {"trainable_token_indices": [3, 7]},
     "target_parameters": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
     "alora_invocation_tokens": {"alora_invocation_tokens": [10, 11]},
@@ -172,16 +170,31 @@ def test_pattern_that_never_ends(field: str, llama: TinyBase, adapter: Path, mon
     assert isinstance(error, AdapterFormatError) and error.param == field
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "self_attn", "input_layernorm", "model"])
+@pytest.mark.parametrize("target", ["self_attn", "input_layernorm", "model"])
 def test_target_that_is_no_linear(target: str, llama: TinyBase, adapter: Path) -> None:
     edit_config(adapter, target_modules=["q_proj", "v_proj", target])
     error = refusal(adapter, llama)
     assert isinstance(error, AdapterUnsupported) and error.param == "target_modules" and target in error.message
 
 
-def test_embedding_adapter_saved_by_peft(llama: TinyBase, tmp_path: Path) -> None:
-    folder = make_lora(llama.folder, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
-    assert refusal(folder, llama).param == "target_modules"
+@pytest.mark.parametrize(
+    "value", [[], [3, 3], [160], [-1], [1.5], {"q_proj": [3]}, {"embed_tokens": 3}, "3", {"embed_tokens": []}]
+)
+def test_trained_tokens_that_are_none(value: object, llama: TinyBase, tmp_path: Path) -> None:
+    folder = make_lora(llama.folder, tmp_path / "adapter", r=4, trainable_token_indices=[3, 7])
+    edit_config(folder, trainable_token_indices=value)
+    error = refusal(folder, llama)
+    # Without tokens in the config their rows have no place.
+    assert error.param == "trainable_token_indices" or (not value and "trainable_tokens_delta" in str(error.param))
+
+
+def test_trained_modules_that_are_none(llama: TinyBase, tmp_path: Path) -> None:
+    folder = make_lora(llama.folder, tmp_path / "adapter", r=4, modules_to_save=["lm_head"])
+    edit_config(folder, modules_to_save=["nothing"])
+    assert refusal(folder, llama).param == "modules_to_save"
+    edit_config(folder, modules_to_save=["lm_head", "norm"])
+    error = refusal(folder, llama)
+    assert isinstance(error, AdapterMismatch) and "norm.weight" in error.message
 
 
 @pytest.mark.parametrize("targets", [["nothing"], [], "nothing", [""]])

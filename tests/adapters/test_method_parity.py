@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LNTuningConfig, LoraConfig, TrainableTokensConfig
 
 from tests.adapters.cases import all_cases, all_gpt2_cases
 from tests.adapters.conftest import TinyBase
 from tests.support.adapters import PeftReference, make_adapter
 from tests.support.forms import applied
+from tests.support.models import ARCHITECTURES
 from weft.adapters.methods import METHODS, compile_adapter
 
 PROMPT = [5, 17, 3, 120, 44, 9, 77, 31]
@@ -48,3 +50,21 @@ def test_case_on_conv1d_equals_peft(case: str, tiny_base: Callable[[str], TinyBa
 def test_every_method_has_a_case() -> None:
     methods = {config.peft_type.value for config in CASES.values()}
     assert methods | {"LORA"} == set(METHODS)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("what", ["dora", "norms", "embedding", "tokens"])
+def test_every_architecture_equals_peft(
+    what: str, arch: str, tiny_base: Callable[[str], TinyBase], tmp_path: Path
+) -> None:
+    tiny = tiny_base(arch)
+    assert tiny.base.embedding is not None
+    embedding = tiny.base.embedding.path.rpartition(".")[2]
+    linears = [path for path in tiny.base.sites if path != tiny.base.head]
+    config = {
+        "dora": LoraConfig(task_type="CAUSAL_LM", target_modules=linears, use_dora=True),
+        "norms": LNTuningConfig(task_type="CAUSAL_LM", target_modules=list(tiny.base.norms)),
+        "embedding": LoraConfig(task_type="CAUSAL_LM", lora_alpha=30, target_modules=[embedding]),
+        "tokens": TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=PROMPT[:4], target_modules=[embedding]),
+    }[what]
+    assert_parity(tiny, make_adapter(tiny.folder, tmp_path / "adapter", config))

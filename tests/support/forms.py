@@ -34,6 +34,8 @@ def applied(model: nn.Module, adapter: CompiledAdapter) -> Iterator[None]:
 def _hook(forms: SiteForms) -> Any:
     def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         x = args[0]
+        if isinstance(module, nn.Embedding):
+            return _embedded(forms, x, output)
         own = {name: getattr(forms, name) for name in ("weight", "bias") if getattr(forms, name) is not None}
         if own:
             twin = deepcopy(module)
@@ -47,6 +49,21 @@ def _hook(forms: SiteForms) -> Any:
             output = output + forms.shift
         if forms.low_rank is not None:
             output = output + x @ forms.low_rank.a.T @ forms.low_rank.b.T
-        return output if forms.delta is None else output + x @ forms.delta.T
+        if forms.delta is not None:
+            output = output + x @ forms.delta.T
+        if forms.rows is not None:
+            output[..., forms.rows.ids] = x @ forms.rows.vectors.T
+        return output
 
     return add
+
+
+def _embedded(forms: SiteForms, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    if forms.gain_out is not None:
+        output = output * forms.gain_out
+    if forms.low_rank is not None:
+        output = output + forms.low_rank.a.T[ids] @ forms.low_rank.b.T
+    if forms.rows is not None:
+        for token, vector in zip(forms.rows.ids, forms.rows.vectors, strict=True):
+            output = torch.where((ids == token).unsqueeze(-1), vector, output)
+    return output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig
+from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, TrainableTokensConfig
 
 TASK = "CAUSAL_LM"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -19,6 +19,17 @@ CASES: dict[str, PeftConfig] = {
     "ln_tuning_some": LNTuningConfig(target_modules=["input_layernorm"], modules_to_save=["lm_head"]),
     "lora_modules_to_save": LoraConfig(task_type=TASK, target_modules=["q_proj"], modules_to_save=["norm", "lm_head"]),
     "lora_saved_linear": LoraConfig(task_type=TASK, target_modules=["q_proj"], modules_to_save=["0.mlp"]),
+    "trainable_tokens": TrainableTokensConfig(token_indices=[44, 5, 9], task_type=TASK),
+    "trainable_tokens_head": TrainableTokensConfig(token_indices=[7, 3], target_modules=["lm_head"], task_type=TASK),
+    "lora_trainable_tokens": LoraConfig(
+        task_type=TASK, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 120], "lm_head": [3]}
+    ),
+    "lora_token_list": LoraConfig(task_type=TASK, target_modules=["q_proj"], trainable_token_indices=[77, 31, 5]),
+    "lora_embedding": LoraConfig(task_type=TASK, lora_alpha=30, target_modules=["q_proj", "embed_tokens", "lm_head"]),
+    "dora_embedding": LoraConfig(task_type=TASK, target_modules=["q_proj", "embed_tokens"], use_dora=True),
+    "lora_saved_embedding": LoraConfig(
+        task_type=TASK, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    ),
     "ia3_patterns": IA3Config(target_modules=r".*(k_proj|down_proj)", feedforward_modules=r".*\.1\..*down_proj"),
 }
 
@@ -26,6 +37,10 @@ GPT2_CASES: dict[str, PeftConfig] = {
     "adalora": AdaLoraConfig(init_r=6, total_step=10, target_modules=GPT2_LINEARS),
     "ia3": IA3Config(),
     "ln_tuning": LNTuningConfig(),
+    "trainable_tokens": TrainableTokensConfig(token_indices=[44, 5, 9], target_modules=["wte"], task_type=TASK),
+    "lora_tied_tokens": LoraConfig(
+        task_type=TASK, target_modules=["c_attn"], trainable_token_indices=[17, 3, 120], fan_in_fan_out=True
+    ),
     "lora_bias_all": LoraConfig(task_type=TASK, target_modules=["c_attn"], bias="all", fan_in_fan_out=True),
     "lora_saved": LoraConfig(
         task_type=TASK, target_modules=["c_attn"], modules_to_save=["ln_f", "mlp.c_proj"], fan_in_fan_out=True
