@@ -53,13 +53,20 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "TINYLORA": "tinylora",
         "LN_TUNING": "ln_tuning",
         "TRAINABLE_TOKENS": "trainable_tokens",
+        "PEANUT": "peanut",
     }
 )
 """peft_type to the module of this package that serves it; imported when first used."""
 
 
 PROMPT_METHODS: Mapping[str, str] = MappingProxyType(
-    {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "p_tuning"}
+    {
+        "PREFIX_TUNING": "prefix",
+        "CARTRIDGE": "cartridge",
+        "PROMPT_TUNING": "prompt",
+        "P_TUNING": "p_tuning",
+        "CPT": "cpt",
+    }
 )
 """Likewise, of the methods that put something in front of the prompt."""
 

@@ -9,7 +9,7 @@ import torch
 from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint, is_finite
 from weft.adapters.config_fields import ConfigFields, FieldTable, show
-from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported, BaseWeightsNeeded
+from weft.adapters.errors import AdapterFormatError, AdapterUnsupported, BaseWeightsNeeded
 from weft.adapters.forms import LowRank, PrefixKV, Prompt, SiteForms, SoftPrompt, TokenRows
 from weft.adapters.methods.targets import Selector, targeted_sites
 
@@ -106,19 +106,18 @@ def take_saved_modules(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForm
     """The modules that ``modules_to_save`` replaces, by path: norms, the token embedding, and linear layers as the
     difference they make.
 
-    peft replaces every module whose path ends with one of the names, dot or no dot, and saves its tensors whole.
+    peft replaces every module whose path ends with one of the names, dot or no dot, and saves its tensors whole; a name
+    that no module has changes nothing.
 
     Raises:
         AdapterUnsupported: such a module is of another kind.
-        AdapterMismatch: no module is called so, or one of its tensors is missing.
+        AdapterMismatch: one of its tensors is missing.
     """
     names = checkpoint.config.names("modules_to_save")
     if not names:
         return {}
     endings = (names,) if isinstance(names, str) else names
     chosen = tuple(path for path in base.module_paths if path.endswith(endings))
-    if not chosen:
-        raise AdapterMismatch(f"modules_to_save={show(names)} names no module of the base", param="modules_to_save")
     forms = {}
     for path in dict.fromkeys(p for top in chosen for p in base.module_paths if p == top or p.startswith(f"{top}.")):
         site = base.module(path)

@@ -19,9 +19,14 @@ FIELDS = PROMPT_FIELDS | FieldTable(
 
 
 def compile_prompt(checkpoint: Checkpoint, base: Base) -> PrefixKV:
-    """See ``Method.compile_prompt``. The saved rows hold key, value, key, value, ... of all layers; keys were never
-    rotated, and real tokens start at position n."""
+    """See ``Method.compile_prompt``."""
+    return prefix_of(checkpoint, base, FIELDS)
+
+
+def prefix_of(checkpoint: Checkpoint, base: Base, fields: FieldTable) -> PrefixKV:
+    """The saved rows hold key, value, key, value, ... of all layers; keys were never rotated, and real tokens start at
+    position n."""
     layers, heads, width = base.num_layers, base.kv_heads, base.head_dim
-    rows = take_embeddings(checkpoint, base, FIELDS, 2 * layers * heads * width)
+    rows = take_embeddings(checkpoint, base, fields, 2 * layers * heads * width)
     tensors = rows.view(len(rows), 2 * layers, heads, width).unbind(1)
     return PrefixKV(tensors[0::2], tensors[1::2], position_offset=len(rows))

@@ -191,7 +191,7 @@ def test_trained_tokens_that_are_none(value: object, llama: TinyBase, tmp_path: 
 def test_trained_modules_that_are_none(llama: TinyBase, tmp_path: Path) -> None:
     folder = make_lora(llama.folder, tmp_path / "adapter", r=4, modules_to_save=["lm_head"])
     edit_config(folder, modules_to_save=["nothing"])
-    assert refusal(folder, llama).param == "modules_to_save"
+    assert "lm_head" in str(refusal(folder, llama).param)  # saved, and nothing says what for
     edit_config(folder, modules_to_save=["lm_head", "norm"])
     error = refusal(folder, llama)
     assert isinstance(error, AdapterMismatch) and "norm.weight" in error.message

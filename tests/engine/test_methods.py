@@ -48,3 +48,26 @@ def test_all_methods_in_one_batch_equal_peft(settings: dict, everything: Zoo) ->
     assert driver.engine.stats().max_step_adapters == count - 1
     for stream in driver.streams.values():
         assert_alone(stream, everything.oracles[stream.request.adapter])
+
+
+def test_a_base_row_does_not_see_the_others(everything: Zoo) -> None:
+    """Bit-equal beside adapters of every form and beside base rows alone, where the shapes are the same."""
+    prompts = [n for n in everything.adapters if n in prompt_configs()]
+    names = [name for name in everything.adapters if name not in prompts]
+    streams = []
+    for others in ([None] * len(names), names):
+        driver = everything.driver(max_adapters=len(names), max_num_seqs=99, adapter_memory=1 << 26)
+        if others == names:  # all of them in their slots first, so that all rows start in one step
+            for name in names:
+                driver.add([3], name, max_tokens=1)
+            driver.run()
+        rng = random.Random(1)
+        stream = driver.add(random_prompt(rng, 20, 30), None, max_tokens=12, prompt_logprobs=0)
+        for other in others:
+            driver.add(random_prompt(rng, 8, 30), other, max_tokens=12)
+        driver.run()
+        streams.append(stream)
+    alone, mixed = streams
+    assert alone.tokens == mixed.tokens
+    assert [entry.logprob for entry in alone.logprobs] == [entry.logprob for entry in mixed.logprobs]
+    assert alone.prompt_logprobs == mixed.prompt_logprobs

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import CartridgeConfig, CPTConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
 from tests.engine.conftest import Zoo
 from tests.engine.harness import Driver, Oracles, assert_alone, random_prompt
@@ -27,6 +27,8 @@ def prompt_configs() -> dict[str, PeftConfig]:
         "prefix-projected": PrefixTuningConfig(
             task_type=TASK, num_virtual_tokens=16, prefix_projection=True, encoder_hidden_size=24
         ),
+        "cartridge": CartridgeConfig(task_type=TASK, num_virtual_tokens=9, num_frozen_tokens=1),
+        "cpt": CPTConfig(task_type=TASK, cpt_token_ids=[5, 6, 7, 8], cpt_tokens_type_mask=[1, 2, 3, 4]),
         "prompt": PromptTuningConfig(task_type=TASK, num_virtual_tokens=35),
         "p-tuning": PromptEncoderConfig(task_type=TASK, num_virtual_tokens=7, encoder_hidden_size=24),
         "p-tuning-lstm": PromptEncoderConfig(
@@ -128,7 +130,7 @@ def test_pages_return_when_adapters_go(llama: Zoo) -> None:
     for name in llama.adapters:
         driver.add([5, 6, 7], name)
     driver.run()
-    assert driver.engine.stats().blocks_used == 2 + 1 + 3 + 1 + 2
+    assert driver.engine.stats().blocks_used == 2 + 1 + 1 + 1 + 3 + 1 + 2
     for name in llama.adapters:
         driver.engine.unregister_adapter(name)
     driver.engine.poll()

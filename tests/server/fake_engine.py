@@ -103,7 +103,8 @@ class FakeEngine:
             raise ZeroDivisionError("a bug in add")
         if len(self.live) >= self.config.max_queued_requests:
             raise Overloaded("too many requests are waiting", retry_after=7)
-        if request.adapter is not None and request.adapter not in self.adapters.infos:
+        known = self.adapters.infos.keys() - self.adapters.doomed
+        if request.adapter is not None and request.adapter not in known:
             raise NotFound(f"adapter version {request.adapter} is not registered", param="model")
         if max(request.prompt_token_ids) >= VOCAB:
             raise InvalidRequest("a token id is beyond the vocabulary", param="prompt")

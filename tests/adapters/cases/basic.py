@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, TrainableTokensConfig
+from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoraConfig, PeanutConfig, PeftConfig, TrainableTokensConfig
 
 TASK = "CAUSAL_LM"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -30,6 +30,8 @@ CASES: dict[str, PeftConfig] = {
     "lora_saved_embedding": LoraConfig(
         task_type=TASK, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
     ),
+    "peanut": PeanutConfig(r=4, depth=2, scaling=3.0, target_modules=LINEARS),
+    "peanut_shallow": PeanutConfig(r=3, act_fn="gelu", scaling=10.0),
     "ia3_patterns": IA3Config(target_modules=r".*(k_proj|down_proj)", feedforward_modules=r".*\.1\..*down_proj"),
 }
 
