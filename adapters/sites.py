@@ -35,7 +35,22 @@ class ActiveRows:
     embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-class LinearSite(nn.Module):
+class _Site(nn.Module):
+    """A module of the base and where the adapters' rows for it are."""
+
+    def __init__(self, path: str, pool: SlotPool, rows: ActiveRows) -> None:
+        super().__init__()
+        self._path = path
+        self._pool = pool
+        self._rows = rows
+
+    def _active(self, part: Part, groups: RowGroups) -> SlotRows | None:
+        """The rows of a part, if some row of the batch has any."""
+        rows = self._pool.rows(self._path, part)
+        return rows if rows is not None and rows.used_by(groups.active) else None
+
+
+class LinearSite(_Site):
     """A linear of the base and the adapters of the rows that pass through it.
 
     Args:
@@ -47,11 +62,8 @@ class LinearSite(nn.Module):
     """
 
     def __init__(self, linear: nn.Module, path: str, pool: SlotPool, rows: ActiveRows, *, output: bool) -> None:
-        super().__init__()
+        super().__init__(path, pool, rows)
         self.linear = linear
-        self._path = path
-        self._pool = pool
-        self._rows = rows
         self._output = output
         self._packed: PackedWeights | None = None
         self._packed_key: tuple[tuple[int, int], ...] = ()
@@ -105,11 +117,6 @@ class LinearSite(nn.Module):
                     index = groups.order[start:stop].long()
                     y[index[:, None], self._pool.ids(self._path, slot)] = x[index] @ own.of(slot).T
 
-    def _active(self, part: Part, groups: RowGroups) -> SlotRows | None:
-        """The rows of a part, if some row of the batch has any."""
-        rows = self._pool.rows(self._path, part)
-        return rows if rows is not None and rows.used_by(groups.active) else None
-
     def _packed_for(self, a: SlotRows, b: SlotRows, groups: RowGroups) -> PackedWeights:
         """The active slots' factors side by side, kept while neither the slots nor their content change."""
         key = tuple((slot, self._pool.generations[slot]) for slot in groups.active)
@@ -119,15 +126,12 @@ class LinearSite(nn.Module):
         return self._packed
 
 
-class NormSite(nn.Module):
+class NormSite(_Site):
     """A norm of the base, and adapters that have a weight or bias of their own for it."""
 
     def __init__(self, norm: nn.Module, path: str, pool: SlotPool, rows: ActiveRows) -> None:
-        super().__init__()
+        super().__init__(path, pool, rows)
         self.norm = norm
-        self._path = path
-        self._pool = pool
-        self._rows = rows
 
     @property
     def weight(self) -> torch.Tensor:
@@ -137,28 +141,27 @@ class NormSite(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.norm(x)
         groups = self._rows.tokens
-        own = {part: self._pool.rows(self._path, part) for part in (Part.WEIGHT, Part.BIAS)}
-        if groups is None or not any(own.values()):
+        if groups is None:
+            return y
+        own = {part: rows for part in (Part.WEIGHT, Part.BIAS) if (rows := self._active(part, groups)) is not None}
+        if not own:
             return y
         inputs, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for slot, start, stop in groups.segments:
             # A norm applies its weight in a way of its own (Gemma's is an offset from 1), so it is asked itself.
-            tensors = {part.value: r.of(slot)[0] for part, r in own.items() if r is not None and r.host_counts[slot]}
+            tensors = {part.value: rows.of(slot)[0] for part, rows in own.items() if rows.host_counts[slot]}
             if tensors:
                 index = groups.order[start:stop].long()
                 outputs.index_copy_(0, index, functional_call(self.norm, tensors, (inputs[index],)))
         return y
 
 
-class EmbeddingSite(nn.Module):
+class EmbeddingSite(_Site):
     """The token embedding of the base, what adapters change about it, and virtual tokens, which have no id."""
 
     def __init__(self, embedding: nn.Module, path: str, pool: SlotPool, rows: ActiveRows) -> None:
-        super().__init__()
+        super().__init__(path, pool, rows)
         self.embedding = embedding
-        self._path = path
-        self._pool = pool
-        self._rows = rows
 
     @property
     def weight(self) -> torch.Tensor:
@@ -176,11 +179,10 @@ class EmbeddingSite(nn.Module):
         return vectors
 
     def _add_adapters(self, vectors: torch.Tensor, ids: torch.Tensor, groups: RowGroups) -> None:
-        parts = {part: self._pool.rows(self._path, part) for part in (Part.GAIN_OUT, Part.A, Part.B, Part.ROWS)}
-        if not any(parts.values()):
+        gain, a, b, own = (self._active(part, groups) for part in (Part.GAIN_OUT, Part.A, Part.B, Part.ROWS))
+        if gain is None and a is None and own is None:
             return
-        grouped_affine(vectors, parts[Part.GAIN_OUT], None, groups)
-        a, b, own = parts[Part.A], parts[Part.B], parts[Part.ROWS]
+        grouped_affine(vectors, gain, None, groups)
         for slot, start, stop in groups.segments:
             index = groups.order[start:stop].long()
             tokens = ids[index]

@@ -45,7 +45,7 @@ TOKENIZER_DOCUMENTS = 20_000
 
 WARMUP_STEPS = 50
 ATTENTION = "eager"
-"""On rows of 128 tokens the fused attention of the CPU takes twice as long backward."""
+"""On short rows the CPU's fused attention is slower, backward above all."""
 
 BASE_NAME = "weft-demo"
 RECALL_STEPS = {16: 300, 32: 100, 64: 100}

@@ -228,6 +228,9 @@ class Engine:
             raise InvalidRequest("the prompt is empty", param="prompt")
         prompt = self._prompt(request)
         own = prompt.length if prompt else 0
+        if own % self.info.block_size:
+            # The page that the adapter's prompt ends in is copied for every row, and must fit beside the copy.
+            limit = min(limit, (self.info.num_blocks - 1) * self.info.block_size)
         room = limit - own - len(ids)
         if room < 1:
             beside = f" beside the adapter's own {own}" if own else ""

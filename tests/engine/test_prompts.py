@@ -149,6 +149,19 @@ def test_the_adapters_own_tokens_count_against_the_context(llama: Zoo) -> None:
     driver.run()
 
 
+@pytest.mark.parametrize("name", ["prompt", "prefix-projected"])
+def test_the_longest_request_fits_a_cache_of_one_row(name: str, llama: Zoo) -> None:
+    """The page a prompt ends in is there twice, once for the adapter and once for the row."""
+    page = 2 * 3 * 2 * 20 * 4 * 16
+    driver = llama.driver(kv_cache_memory=5 * page, max_model_len=80)
+    own, room = (35, 64) if name == "prompt" else (16, 80)
+    with pytest.raises(InvalidRequest, match=f"of {room}"):
+        driver.add([5] * 9, name, max_tokens=room - own - 8)
+    stream = driver.add([5] * 9, name, max_tokens=room - own - 9)
+    driver.run()
+    assert_alone(stream, llama.oracles[name])
+
+
 def test_a_prefix_of_another_base_is_refused(llama: Zoo, tmp_path: Path) -> None:
     other = tiny_model("llama", tmp_path / "base", num_hidden_layers=2, hidden_size=64)
     engine = Engine(EngineConfig(str(other), dtype="float32"))
