@@ -4,7 +4,8 @@ At a linear site with weight W and bias b0, a row x of the batch becomes
 
     y = gain_out * (W (gain_in * x) + b0) + shift + B (A x) + D x
 
-where everything but W and b0 is the adapter's own, and what it has not is left out. At a norm the adapter's own weight
+where everything but W and b0 is the adapter's own, and what it has not is left out. Behind attention, what the layer's
+queries find in a gated prefix is added to x or to y. At a norm the adapter's own weight
 and bias stand in for the base's. The base is never changed.
 """
 
@@ -29,6 +30,9 @@ class Part(StrEnum):
     ROWS = "rows"
     WEIGHT = "weight"
     BIAS = "bias"
+    KEYS = "keys"
+    VALUES_IN = "values_in"
+    VALUES_OUT = "values_out"
 
     @property
     def of_input(self) -> bool:
@@ -67,6 +71,24 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
+class GatedPrefix:
+    """Keys and values that a layer's queries attend to in a softmax of their own, at the layer's output projection.
+
+    Attributes:
+        keys: ``[n, kv_heads * head_dim]``, not rotated; the scale of the scores is folded in.
+        values: likewise; the gate is folded in.
+        projected: what the queries find is added to the projection's input, else to its output.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    projected: bool
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.KEYS: self.keys, Part.VALUES_IN if self.projected else Part.VALUES_OUT: self.values}
+
+
+@dataclass(frozen=True)
 class SiteForms:
     """What one adapter does at one site of the base; see the formula above.
 
@@ -78,6 +100,7 @@ class SiteForms:
         delta: ``[out, in]``, an update of W without a cheaper structure.
         rows: of an embedding or the head.
         weight, bias: ``[out]``, of a norm, in place of the base's.
+        prefix: of the output projection of an attention layer.
     """
 
     low_rank: LowRank | None = None
@@ -88,6 +111,7 @@ class SiteForms:
     rows: TokenRows | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    prefix: GatedPrefix | None = None
 
     def parts(self) -> dict[Part, torch.Tensor]:
         """The rows ``[count, width]`` of every part there is."""
@@ -102,6 +126,8 @@ class SiteForms:
             parts[Part.DELTA] = self.delta
         if self.rows is not None:
             parts[Part.ROWS] = self.rows.vectors
+        if self.prefix is not None:
+            parts |= self.prefix.parts()
         return parts
 
     @property
@@ -120,6 +146,7 @@ _NAMES = {
     "rows": "Replace",
     "weight": "Replace",
     "bias": "Replace",
+    "prefix": "GatedPrefix",
 }
 
 

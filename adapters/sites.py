@@ -13,6 +13,7 @@ from weft.adapters.base import Base
 from weft.adapters.forms import Part
 from weft.adapters.slots import SlotPool
 from weft.kernels.dispatch import backend
+from weft.kernels.gated_prefix import gated_prefix
 from weft.kernels.grouped_affine import grouped_affine
 from weft.kernels.grouped_delta import grouped_delta
 from weft.kernels.grouped_lora import PackedWeights, grouped_lora, grouped_lora_packed, pack
@@ -28,11 +29,13 @@ class ActiveRows:
         tokens: groups of all tokens of the flat batch; None outside a forward pass.
         logits: groups of the rows whose logits are wanted, for the output embedding.
         embeddings: tokens of the batch, and vectors that stand for them in place of what the embedding returns.
+        query: ``[T, heads, d]``, rotated, of the attention that ran last: a layer's output projection is next.
     """
 
     tokens: RowGroups | None = None
     logits: RowGroups | None = None
     embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    query: torch.Tensor | None = None
 
 
 class _Site(nn.Module):
@@ -84,18 +87,26 @@ class LinearSite(_Site):
             result: torch.Tensor = self.linear(x)
             return result
         rows = x.reshape(-1, x.shape[-1])
-        y: torch.Tensor = self.linear(self._gained(rows, groups).view_as(x))
+        y: torch.Tensor = self.linear(self._input(rows, groups).view_as(x))
         self._add_adapters(y.view(-1, y.shape[-1]), rows, groups)
         return y
 
-    def _gained(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-        """What W is given: ``x``, or a copy of it where some row's adapter scales it."""
-        gain = self._active(Part.GAIN_IN, groups)
-        if gain is None:
+    def _input(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """What W is given: ``x``, or a copy of it where some row's adapter changes it."""
+        gain, values = self._active(Part.GAIN_IN, groups), self._active(Part.VALUES_IN, groups)
+        if gain is None and values is None:
             return x
         x = x.clone()
-        grouped_affine(x, gain, None, groups)
+        if gain is not None:
+            grouped_affine(x, gain, None, groups)
+        if values is not None:
+            self._add_prefix(x, values, groups)
         return x
+
+    def _add_prefix(self, to: torch.Tensor, values: SlotRows, groups: RowGroups) -> None:
+        keys, query = self._active(Part.KEYS, groups), self._rows.query
+        assert keys is not None and query is not None, "a prefix has keys, and attention ran before its projection"
+        gated_prefix(to, query, keys, values, groups)
 
     def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> None:
         gain, shift = self._active(Part.GAIN_OUT, groups), self._active(Part.SHIFT, groups)
@@ -110,6 +121,9 @@ class LinearSite(_Site):
         delta = self._active(Part.DELTA, groups)
         if delta is not None:
             grouped_delta(y, x, delta, groups)
+        values = self._active(Part.VALUES_OUT, groups)
+        if values is not None:
+            self._add_prefix(y, values, groups)
         own = self._active(Part.ROWS, groups)
         if own is not None:
             for slot, start, stop in groups.segments:

@@ -218,6 +218,8 @@ class SlotPool:
         assert site is not None, f"{path} is not a module of the base that adapters attach to"
         if part is Part.ROWS:  # as wide as the hidden state, which the head takes in and the embedding gives out
             return site.out_features if site.kind == "embedding" else site.in_features
+        if part in (Part.KEYS, Part.VALUES_IN, Part.VALUES_OUT):
+            return self._base.kv_heads * self._base.head_dim
         return site.in_features if part.of_input else site.out_features
 
     def _need(self, layout: Layout) -> Counter[int]:

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from weft.kernels.gated_prefix import triton as prefix
 from weft.kernels.grouped_affine import triton as affine
 from weft.kernels.grouped_delta import triton as delta
 from weft.kernels.grouped_lora import triton as lora
@@ -36,11 +37,29 @@ TARGETS = {
 POINTERS = {
     **dict.fromkeys(("table", "counts", "ranks", "order", "tiles", "slots", "query_starts", "context_lens"), "*i32"),
     **dict.fromkeys(("gain_table", "gain_counts", "shift_table", "shift_counts", "page_table"), "*i32"),
+    **dict.fromkeys(("key_table", "value_table"), "*i32"),
     "slot_mapping": "*i64",
     "planes": "*fp32",
 }
 SCALARS = {"score_scale": "fp32", "softcap_scale": "fp32"}
-VALUES = ("x", "a", "y", "b", "q", "k", "v", "k_cache", "v_cache", "out", "sinks", "gain", "shift", "delta")
+VALUES = (
+    "x",
+    "a",
+    "y",
+    "b",
+    "q",
+    "k",
+    "v",
+    "k_cache",
+    "v_cache",
+    "out",
+    "sinks",
+    "gain",
+    "shift",
+    "delta",
+    "keys",
+    "values",
+)
 # Arguments that are multiples of 16 at the widths models have; the launch specializes on it.
 MULTIPLES = ("width", "split_width", "x_stride", "y_stride", "q_token_stride", "q_head_stride", "k_token_stride")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -78,6 +97,14 @@ def variants() -> Iterator[Variant]:
     for dtype in DTYPES:
         has = {"HAS_GAIN": True, "HAS_SHIFT": True}
         yield Variant("affine", affine.affine_kernel, dtype, affine.affine_config(DTYPES[dtype]) | has)
+    for dtype, group, width, rows in (
+        ("bf16", 4, 128, 32),
+        ("fp16", 1, 80, 16),
+        ("bf16", 8, 256, 16),
+        ("fp32", 4, 256, 16),
+    ):
+        config = prefix.prefix_config(group, width, rows)
+        yield Variant(f"prefix d {width} rows {rows}", prefix.prefix_kernel, dtype, config)
     for dtype, group, width, longest, features in (
         ("bf16", 4, 128, 4, ()),
         ("bf16", 4, 128, 2048, ("HAS_WINDOW",)),

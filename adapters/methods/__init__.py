@@ -54,6 +54,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "LN_TUNING": "ln_tuning",
         "TRAINABLE_TOKENS": "trainable_tokens",
         "PEANUT": "peanut",
+        "ADAPTION_PROMPT": "adaption_prompt",
     }
 )
 """peft_type to the module of this package that serves it; imported when first used."""

@@ -10,7 +10,7 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint, is_finite
 from weft.adapters.config_fields import ConfigFields, FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported, BaseWeightsNeeded
-from weft.adapters.forms import LowRank, PrefixKV, Prompt, SiteForms, SoftPrompt, TokenRows
+from weft.adapters.forms import GatedPrefix, LowRank, PrefixKV, Prompt, SiteForms, SoftPrompt, TokenRows
 from weft.adapters.methods.targets import Selector, targeted_sites
 
 PREFIX = "base_model.model."
@@ -84,7 +84,12 @@ def cast_forms(forms: SiteForms, dtype: torch.dtype, path: str) -> SiteForms:
     rows = None
     if forms.rows is not None:
         rows = TokenRows(forms.rows.ids, cast_finite(forms.rows.vectors, dtype, f"{path} (rows)"))
-    return SiteForms(low_rank, rows=rows, **others)
+    prefix = None
+    if forms.prefix is not None:
+        keys, values = cast(forms.prefix.keys, "keys"), cast(forms.prefix.values, "values")
+        assert keys is not None and values is not None, "a prefix has both"
+        prefix = GatedPrefix(keys, values, forms.prefix.projected)
+    return SiteForms(low_rank, rows=rows, prefix=prefix, **others)
 
 
 def cast_prompt(prompt: Prompt, dtype: torch.dtype) -> Prompt:

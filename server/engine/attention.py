@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from weft.adapters.sites import ActiveRows
 from weft.kernels.paged_attention import AttentionRows, paged_attention, write_kv
 
 T = TypeVar("T")
@@ -37,11 +38,13 @@ class AttentionContext:
     Attributes:
         rows: where the rows' tokens, keys and values lie.
         k_caches, v_caches: per layer, ``[pages, page_size, kv_heads, head_dim]``.
+        sites: what the adapters' sites look at; they are shown the queries.
     """
 
     rows: AttentionRows
     k_caches: list[torch.Tensor]
     v_caches: list[torch.Tensor]
+    sites: ActiveRows
 
 
 def attend(
@@ -72,6 +75,7 @@ def attend(
     layer, context = _layer(module, weft)
     k_cache, v_cache = context.k_caches[layer], context.v_caches[layer]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    context.sites.query = q
     write_kv(k_cache, v_cache, k, v, context.rows.slot_mapping)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = paged_attention(

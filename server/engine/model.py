@@ -31,7 +31,7 @@ class ModelRunner:
     def forward(self, batch: Batch) -> torch.Tensor:
         """One forward pass; returns float32 logits ``[N, vocab]`` of the wanted positions."""
         self._copy_pages(batch.copies)
-        context = AttentionContext(batch.attention, self.cache.keys, self.cache.values)
+        context = AttentionContext(batch.attention, self.cache.keys, self.cache.values, self._rows)
         self._rows.tokens, self._rows.logits, self._rows.embeddings = batch.tokens, batch.logits, batch.embeddings
         try:
             output: Any = self.model(
@@ -42,7 +42,7 @@ class ModelRunner:
                 weft=context,
             )
         finally:
-            self._rows.tokens = self._rows.logits = self._rows.embeddings = None
+            self._rows.tokens = self._rows.logits = self._rows.embeddings = self._rows.query = None
         logits: torch.Tensor = output.logits[0].float()
         return logits
 

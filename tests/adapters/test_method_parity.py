@@ -48,7 +48,7 @@ def test_case_on_conv1d_equals_peft(case: str, tiny_base: Callable[[str], TinyBa
 
 
 def test_every_method_has_a_case() -> None:
-    methods = {config.peft_type.value for config in CASES.values()}
+    methods = {config.peft_type.value for config in (*CASES.values(), *GPT2_CASES.values())}
     assert methods | {"LORA"} == set(METHODS)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from weft.adapters.forms import CompiledAdapter, SiteForms
+from weft.adapters.forms import CompiledAdapter, GatedPrefix, SiteForms
 
 
 def dense_delta(forms: SiteForms) -> torch.Tensor:
@@ -23,15 +25,36 @@ def dense_delta(forms: SiteForms) -> torch.Tensor:
 @contextmanager
 def applied(model: nn.Module, adapter: CompiledAdapter) -> Iterator[None]:
     """Add each site's forms to the output of its module, in fp32."""
-    handles = [model.get_submodule(path).register_forward_hook(_hook(forms)) for path, forms in adapter.sites.items()]
+    queries: list[torch.Tensor] = []
+    hooks = {path: _hook(forms, queries) for path, forms in adapter.sites.items()}
+    handles = [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
+    source = sys.modules[type(model).__module__]
+    eager = source.eager_attention_forward
+
+    def watched(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        queries[:] = [query]
+        return eager(module, query, *args, **kwargs)
+
     try:
-        yield
+        with mock.patch.object(source, "eager_attention_forward", watched):
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(forms: SiteForms) -> Any:
+def _found(prefix: GatedPrefix, query: torch.Tensor) -> torch.Tensor:
+    """What queries ``[1, heads, T, d]`` find in a prefix, ``[1, T, heads * d]``, one head after the other."""
+    heads, width = query.shape[1], query.shape[3]
+    group = heads // (prefix.keys.shape[1] // width)
+    found = []
+    for head in range(heads):
+        at = slice(head // group * width, (head // group + 1) * width)
+        found.append((query[0, head] @ prefix.keys[:, at].T).softmax(-1) @ prefix.values[:, at])
+    return torch.cat(found, -1).unsqueeze(0)
+
+
+def _hook(forms: SiteForms, queries: list[torch.Tensor]) -> Any:
     def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         x = args[0]
         if isinstance(module, nn.Embedding):
@@ -43,6 +66,9 @@ def _hook(forms: SiteForms) -> Any:
             output = functional_call(twin, own, (x,))
         if forms.gain_in is not None:
             output = type(module).forward(module, x * forms.gain_in)
+        if forms.prefix is not None:
+            found = _found(forms.prefix, queries[0])
+            output = type(module).forward(module, x + found) if forms.prefix.projected else output + found
         if forms.gain_out is not None:
             output = output * forms.gain_out
         if forms.shift is not None:
