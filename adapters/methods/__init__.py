@@ -21,6 +21,7 @@ from weft.adapters.config_fields import show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
 from weft.adapters.forms import CompiledAdapter, Prompt, SiteForms
 from weft.adapters.methods.common import cast_forms, cast_prompt, take_base_copies
+from weft.adapters.methods.unserved import check_served
 
 METHODS: Mapping[str, str] = MappingProxyType(
     {
@@ -97,6 +98,7 @@ def compile_adapter(folder: Path, base: Base, *, version: str, dtype: torch.dtyp
     if peft_type is None:
         raise AdapterFormatError("adapter_config.json names no peft_type; is it saved by peft?", param="peft_type")
     modules = {**METHODS, **PROMPT_METHODS}
+    check_served(peft_type, checkpoint)
     if peft_type not in modules:
         served = ", ".join(modules)
         raise AdapterUnsupported(f"peft_type {show(peft_type)} is not served; these are: {served}", param="peft_type")

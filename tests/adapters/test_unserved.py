@@ -1,0 +1,75 @@
+"""Types of peft that are not served: each is refused with its own reason, and the reasons hold."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LilyConfig, PeftConfig, ShadowConfig, XLoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tests.adapters.conftest import TinyBase
+from tests.support.adapters import PeftReference, edit_config, edit_tensors, make_adapter, make_lora
+from weft.adapters.errors import AdapterUnsupported
+from weft.adapters.methods import METHODS, PROMPT_METHODS, compile_adapter
+from weft.adapters.methods.unserved import CLASSIFIER, REASONS
+
+TASK = "CAUSAL_LM"
+PROMPT = [5, 17, 3, 120, 44, 9]
+
+
+def refusal(folder: Path, tiny: TinyBase) -> AdapterUnsupported:
+    with pytest.raises(AdapterUnsupported) as caught:
+        compile_adapter(folder, tiny.base, version="v")
+    assert caught.value.param == "peft_type"
+    return caught.value
+
+
+def test_nothing_is_both_served_and_refused() -> None:
+    assert not REASONS.keys() & {*METHODS, *PROMPT_METHODS}
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (LilyConfig(task_type=TASK, r=4, num_B=2, target_modules=["q_proj"]), "depends on what runs beside it"),
+        (ShadowConfig(task_type=TASK, r=4), "a small transformer of its own"),
+    ],
+)
+def test_the_reason_is_said(config: PeftConfig, why: str, llama: TinyBase, tmp_path: Path) -> None:
+    error = refusal(make_adapter(llama.folder, tmp_path / "adapter", config), llama)
+    assert why in error.message and str(config.peft_type.value) in error.message
+
+
+def test_lily_depends_on_its_batch(llama: TinyBase, tmp_path: Path) -> None:
+    config = LilyConfig(task_type=TASK, r=4, num_B=2, target_modules=["q_proj"])
+    model = PeftReference(llama.folder, make_adapter(llama.folder, tmp_path / "adapter", config)).model
+    with torch.no_grad():
+        alone = model(input_ids=torch.tensor([PROMPT])).logits[0]
+        beside = model(input_ids=torch.tensor([PROMPT, PROMPT[::-1]])).logits[0]
+    assert float((alone - beside).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_peft_loses_the_classifier_of_x_lora(depth: int, llama: TinyBase, tmp_path: Path) -> None:
+    experts = {
+        name: str(make_lora(llama.folder, tmp_path / name, seed=seed, target_modules=["q_proj"]))
+        for seed, name in enumerate("ab")
+    }
+    config = XLoraConfig(task_type=TASK, hidden_size=48, adapters=experts, xlora_depth=depth, xlora_size=8)
+    model = AutoModelForCausalLM.from_pretrained(llama.folder, dtype=torch.float32)
+    model.config.use_cache = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(model, config).save_pretrained(str(tmp_path / "x"))
+    assert "lacks" in refusal(tmp_path / "x", llama).message
+    edit_tensors(tmp_path / "x", lambda tensors: {**tensors, CLASSIFIER: torch.ones(2, 48)})
+    assert "runs the base twice" in refusal(tmp_path / "x", llama).message
+
+
+def test_adamss_is_refused_with_its_reason(llama: TinyBase, tmp_path: Path) -> None:
+    adapter = make_lora(llama.folder, tmp_path / "adapter", target_modules=["q_proj"])
+    edit_config(adapter, peft_type="ADAMSS")
+    assert "KMeans" in refusal(adapter, llama).message
