@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from weft.adapters.config_fields import ConfigFields, parse_config, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch
-from weft.adapters.files import CONFIG, FILES, WEIGHTS, open_regular, present
+from weft.adapters.files import CONFIG, FILES, ROUTER, WEIGHTS, members, open_regular, present
 
 MAX_TENSORS = 1 << 16
 MAX_DIMENSION = 1 << 31
@@ -110,10 +111,15 @@ def _whole(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An adapter's config and tensors, each remembering what was used."""
+    """An adapter's config and tensors, each remembering what was used.
+
+    Attributes:
+        members: by name, the adapters beside a router, which it chooses between; whoever reads one finishes it.
+    """
 
     config: ConfigFields
     tensors: Tensors
+    members: Mapping[str, Checkpoint] = field(default_factory=dict)
 
     def finish(self) -> None:
         """Every field and every tensor must have been used by now.
@@ -127,13 +133,21 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Open the adapter in ``folder``. The weights are mapped, not read: keep the file unchanged while in use (the store
-    does).
+    """Open the adapter in ``folder``, or the router and its members. The weights are mapped, not read: keep the file
+    unchanged while in use (the store does).
 
     Raises:
         AdapterFormatError: a file is missing, not a regular file, malformed, or the weights are a pickle.
         AdapterTooLarge: a file is beyond its limit.
     """
+    names = members(folder)
+    if not names:
+        return _read(folder)
+    router = _read(folder / ROUTER)
+    return replace(router, members={name: _read(folder / name) for name in names if name != ROUTER})
+
+
+def _read(folder: Path) -> Checkpoint:
     present(folder)
     with open_regular(folder, CONFIG) as file:
         config = parse_config(file.read(FILES[CONFIG]))

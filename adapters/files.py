@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,11 +35,24 @@ FILES: Mapping[str, int] = MappingProxyType(
 )
 """Files that are part of an adapter, each with its largest size in bytes. Whatever else lies beside them is ignored."""
 
+ROUTER = "arrow_router"
+"""The folder of the adapter that chooses between those beside it, as ``peft.create_arrow_model`` names it."""
+
+MEMBER = re.compile(r"[A-Za-z0-9_\-]{1,64}")
+"""Names of the folders beside it."""
+
+MAX_MEMBERS = 128
+
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
+def size_limit(name: str) -> int:
+    """The largest size in bytes of a file of an adapter, or of one of its members (``member/file``)."""
+    return FILES[name.rpartition("/")[2]]
+
+
 def open_regular(folder: Path, name: str) -> BinaryIO:
-    """Open ``folder/name`` for reading, if it is a regular file within its size limit.
+    """Open ``folder/name`` for reading, if it is a regular file within its size limit. ``name`` may be a member's file.
 
     Raises:
         AdapterFormatError: it is missing, a link, a directory, a pipe or a device, or cannot be read.
@@ -46,8 +60,15 @@ def open_regular(folder: Path, name: str) -> BinaryIO:
     """
     # O_NOFOLLOW: a link could lead anywhere. O_NONBLOCK: opening a pipe would wait for its writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    member, _, file = name.rpartition("/")
     try:
-        descriptor = os.open(folder / name, flags)
+        parent = os.open(
+            folder / member, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (os.O_NOFOLLOW if member else 0)
+        )
+        try:
+            descriptor = os.open(file, flags, dir_fd=parent)
+        finally:
+            os.close(parent)
     except OSError as error:
         reason = error.strerror
         if error.errno == errno.ELOOP:
@@ -57,8 +78,8 @@ def open_regular(folder: Path, name: str) -> BinaryIO:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise AdapterFormatError(f"{name} is not a regular file", param=name)
-        if status.st_size > FILES[name]:
-            raise AdapterTooLarge(f"{name} has {status.st_size} bytes; the limit is {FILES[name]}", param=name)
+        if status.st_size > size_limit(name):
+            raise AdapterTooLarge(f"{name} has {status.st_size} bytes; the limit is {size_limit(name)}", param=name)
         return os.fdopen(descriptor, "rb")
     except AdapterError:
         os.close(descriptor)
@@ -66,15 +87,39 @@ def open_regular(folder: Path, name: str) -> BinaryIO:
 
 
 def present(folder: Path) -> list[str]:
-    """The adapter's files that are in ``folder``, in the order of ``FILES``.
+    """The adapter's files that are in ``folder``, in the order of ``FILES``; where it has members, theirs by member.
 
     Raises:
         AdapterFormatError: the config or the weights are missing, or the weights are only there as a pickle.
     """
+    found = members(folder)
+    return [f"{member}/{name}" for member in found for name in _present(folder / member)] or _present(folder)
+
+
+def members(folder: Path) -> list[str]:
+    """A router and the adapters beside it, each in a folder of its own, sorted; none where ``folder`` is an adapter.
+
+    Raises:
+        AdapterFormatError: there are more than ``MAX_MEMBERS``.
+    """
+    names = _listed(folder)
+    if CONFIG in names or ROUTER not in names:
+        return []
+    found = sorted(name for name in names if MEMBER.fullmatch(name) and (folder / name / CONFIG).is_file())
+    if len(found) > MAX_MEMBERS:
+        raise AdapterFormatError(f"{len(found)} adapters lie together; the limit is {MAX_MEMBERS}", param=CONFIG)
+    return found if ROUTER in found else []
+
+
+def _listed(folder: Path) -> set[str]:
     try:
-        names = set(os.listdir(folder))
+        return set(os.listdir(folder))
     except OSError as error:
         raise AdapterFormatError(f"the adapter's folder cannot be read: {error.strerror}", param=CONFIG) from error
+
+
+def _present(folder: Path) -> list[str]:
+    names = _listed(folder)
     if CONFIG not in names:
         raise AdapterFormatError(f"{CONFIG} is missing; an adapter is a folder as peft saves it", param=CONFIG)
     if WEIGHTS not in names:

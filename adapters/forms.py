@@ -4,7 +4,8 @@ At a linear site with weight W and bias b0, a row x of the batch becomes
 
     y = gain_out * (W (gain_in * x) + b0) + shift + B (A x) + D x
 
-where everything but W and b0 is the adapter's own, and what it has not is left out. Behind attention, what the layer's
+where everything but W and b0 is the adapter's own, and what it has not is left out. In place of B (A x) there may be
+several such products, weighed by what x is. Behind attention, what the layer's
 queries find in a gated prefix is added to x or to y. At a norm the adapter's own weight
 and bias stand in for the base's. The base is never changed.
 """
@@ -33,11 +34,14 @@ class Part(StrEnum):
     KEYS = "keys"
     VALUES_IN = "values_in"
     VALUES_OUT = "values_out"
+    EXPERT_A = "expert_a"
+    EXPERT_B = "expert_b"
+    PROTOTYPES = "prototypes"
 
     @property
     def of_input(self) -> bool:
         """Rows are as wide as the site's input; else as its output."""
-        return self in (Part.A, Part.GAIN_IN, Part.DELTA)
+        return self in (Part.A, Part.GAIN_IN, Part.DELTA, Part.EXPERT_A, Part.PROTOTYPES)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,31 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
+class RoutedLowRank:
+    """``y += sum_e w_e B_e (A_e x)`` over the experts of a site, w being the softmax of ``|P_e x|`` over the ``top_k``
+    experts where that is largest, and 0 elsewhere.
+
+    Attributes:
+        a: ``[experts * r, in]``, one expert's rows after the other's.
+        b: ``[out, experts * r]``; every scale is folded in.
+        prototypes: ``[experts, in]``; the temperature is folded in.
+        top_k: at most as many as there are experts.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    prototypes: torch.Tensor
+    top_k: int
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.EXPERT_A: self.a, Part.EXPERT_B: self.b.T, Part.PROTOTYPES: self.prototypes}
+
+
+@dataclass(frozen=True)
 class GatedPrefix:
     """Keys and values that a layer's queries attend to in a softmax of their own, at the layer's output projection.
 
@@ -101,6 +130,7 @@ class SiteForms:
         rows: of an embedding or the head.
         weight, bias: ``[out]``, of a norm, in place of the base's.
         prefix: of the output projection of an attention layer.
+        routed: low-rank updates weighed by each row's input.
     """
 
     low_rank: LowRank | None = None
@@ -112,6 +142,12 @@ class SiteForms:
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     prefix: GatedPrefix | None = None
+    routed: RoutedLowRank | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank update, of all experts together."""
+        return sum(form.rank for form in (self.low_rank, self.routed) if form is not None)
 
     def parts(self) -> dict[Part, torch.Tensor]:
         """The rows ``[count, width]`` of every part there is."""
@@ -126,8 +162,9 @@ class SiteForms:
             parts[Part.DELTA] = self.delta
         if self.rows is not None:
             parts[Part.ROWS] = self.rows.vectors
-        if self.prefix is not None:
-            parts |= self.prefix.parts()
+        for form in (self.prefix, self.routed):
+            if form is not None:
+                parts |= form.parts()
         return parts
 
     @property
@@ -147,6 +184,7 @@ _NAMES = {
     "weight": "Replace",
     "bias": "Replace",
     "prefix": "GatedPrefix",
+    "routed": "RoutedLowRank",
 }
 
 
@@ -219,7 +257,7 @@ class CompiledAdapter:
     @property
     def rank(self) -> int:
         """The largest rank at any site."""
-        return max((forms.low_rank.rank for forms in self.sites.values() if forms.low_rank), default=0)
+        return max((forms.rank for forms in self.sites.values()), default=0)
 
     @property
     def nbytes(self) -> int:

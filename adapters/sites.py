@@ -18,6 +18,7 @@ from weft.kernels.grouped_affine import grouped_affine
 from weft.kernels.grouped_delta import grouped_delta
 from weft.kernels.grouped_lora import PackedWeights, grouped_lora, grouped_lora_packed, pack
 from weft.kernels.groups import RowGroups
+from weft.kernels.routed_lora import routed_lora
 from weft.kernels.slot_rows import SlotRows
 
 
@@ -118,6 +119,11 @@ class LinearSite(_Site):
                 grouped_lora(y, x, a, b, groups)
             else:
                 grouped_lora_packed(y, x, self._packed_for(a, b, groups), groups)
+        prototypes = self._active(Part.PROTOTYPES, groups)
+        if prototypes is not None:
+            a, b = self._active(Part.EXPERT_A, groups), self._active(Part.EXPERT_B, groups)
+            assert a is not None and b is not None, "experts have both factors"
+            routed_lora(y, x, a, b, prototypes, self._pool.top_k(self._path), groups)
         delta = self._active(Part.DELTA, groups)
         if delta is not None:
             grouped_delta(y, x, delta, groups)

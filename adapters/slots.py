@@ -30,10 +30,12 @@ class Layout:
     Attributes:
         rows: how many rows it has at each place; places without any are absent.
         ids: the tokens of ``Part.ROWS`` by path.
+        top_k: how many experts ``Part.PROTOTYPES`` chooses, by path.
     """
 
     rows: Mapping[Place, int]
     ids: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    top_k: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapter: CompiledAdapter) -> Layout:
@@ -43,7 +45,8 @@ class Layout:
             for part, rows in forms.parts().items()
             if len(rows)
         }
-        return cls(counts, {path: forms.rows.ids for path, forms in adapter.sites.items() if forms.rows})
+        ids = {path: forms.rows.ids for path, forms in adapter.sites.items() if forms.rows}
+        return cls(counts, ids, {path: forms.routed.top_k for path, forms in adapter.sites.items() if forms.routed})
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class SlotPool:
         self.nbytes_total = ranks * per_rank
         self._tables: dict[Place, SlotRows] = {}
         self._ids: dict[tuple[str, int], torch.Tensor] = {}
+        self._top_k: dict[str, torch.Tensor] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._placed: dict[int, Placement] = {}
         self.generations = [0] * num_slots
@@ -167,6 +171,10 @@ class SlotPool:
             self._set(place, placement.slot, rows)
         for path, ids in placement.layout.ids.items():
             self._ids[path, placement.slot] = ids.to(self.device)
+        for path, top_k in placement.layout.top_k.items():
+            if path not in self._top_k:
+                self._top_k[path] = torch.zeros(self.num_slots, dtype=torch.int32, device=self.device)
+            self._top_k[path][placement.slot] = top_k
 
     def free(self, placement: Placement) -> None:
         """Give back a slot and its rows, published or not."""
@@ -191,6 +199,10 @@ class SlotPool:
     def ids(self, path: str, slot: int) -> torch.Tensor:
         """int64 tokens of the rows that a slot has as ``Part.ROWS`` at a path, ascending."""
         return self._ids[path, slot]
+
+    def top_k(self, path: str) -> torch.Tensor:
+        """int32 ``[num_slots]``, how many experts ``Part.PROTOTYPES`` chooses at a path, for slots that have any."""
+        return self._top_k[path]
 
     def _set(self, place: Place, slot: int, rows: list[int]) -> None:
         """Name the rows of a slot in the table of a place, which is there while some slot has rows."""

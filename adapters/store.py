@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from weft.adapters.errors import AdapterFormatError, AdapterSourceError, AdapterTooLarge
-from weft.adapters.files import FILES, open_regular, present
+from weft.adapters.files import open_regular, present, size_limit
 
 DOMAIN = b"weft-adapter-v1"
 """Separates these digests from all other uses of SHA-256, and this list of files from later ones."""
@@ -102,7 +102,7 @@ class Store:
 
     def size(self, version: str) -> int:
         """Bytes of a version's files."""
-        return sum(file.stat().st_size for file in self.path(version).iterdir())
+        return sum(file.stat().st_size for file in self.path(version).rglob("*") if file.is_file())
 
     def _publish(self, incoming: Path, version: str) -> None:
         target = self.root / version
@@ -110,7 +110,8 @@ class Store:
             if _is_intact(target, version):
                 return
             self._discard(target)
-        _sync(incoming)
+        for folder in (*filter(Path.is_dir, incoming.iterdir()), incoming):
+            _sync(folder)
         try:
             incoming.rename(target)
         except OSError as error:
@@ -154,6 +155,7 @@ class Store:
 
 
 def _copy(name: str, source: Path, target: Path) -> bytes:
+    (target / name).parent.mkdir(exist_ok=True)
     with open_regular(source, name) as file, (target / name).open("xb") as copy:
         entry = _hash(name, file, copy)
         copy.flush()
@@ -167,15 +169,15 @@ def _hash(name: str, file: BinaryIO, copy: BinaryIO | None = None) -> bytes:
     while chunk := file.read(_CHUNK):
         content.update(chunk)
         size += len(chunk)
-        if size > FILES[name]:
-            raise AdapterTooLarge(f"{name} grew beyond {FILES[name]} bytes while it was read", param=name)
+        if size > size_limit(name):
+            raise AdapterTooLarge(f"{name} grew beyond {size_limit(name)} bytes while it was read", param=name)
         if copy is not None:
             copy.write(chunk)
     return b"%s %d %s\n" % (name.encode(), size, content.hexdigest().encode())
 
 
 def _combine(entries: list[bytes]) -> str:
-    # Names hold neither spaces nor line breaks (they come from FILES), so the lines cannot be read in two ways.
+    # Names hold neither spaces nor line breaks (see adapters.files), so the lines cannot be read in two ways.
     return hashlib.sha256(DOMAIN + b"\n" + b"".join(sorted(entries))).hexdigest()
 
 

@@ -72,6 +72,9 @@ PROMPT_METHODS: Mapping[str, str] = MappingProxyType(
 )
 """Likewise, of the methods that put something in front of the prompt."""
 
+ROUTER_METHOD = "arrow"
+"""Likewise, of a router with adapters beside it."""
+
 
 class Method(Protocol):
     """What a module of this package offers: one of the two, all tensors in fp32 on the CPU."""
@@ -98,11 +101,14 @@ def compile_adapter(folder: Path, base: Base, *, version: str, dtype: torch.dtyp
     if peft_type is None:
         raise AdapterFormatError("adapter_config.json names no peft_type; is it saved by peft?", param="peft_type")
     modules = {**METHODS, **PROMPT_METHODS}
+    if checkpoint.members and peft_type != "LORA":
+        raise AdapterUnsupported(f"a router of peft_type {show(peft_type)} is not served", param="peft_type")
     check_served(peft_type, checkpoint)
     if peft_type not in modules:
         served = ", ".join(modules)
         raise AdapterUnsupported(f"peft_type {show(peft_type)} is not served; these are: {served}", param="peft_type")
-    method = cast(Method, import_module(f"{__name__}.{modules[peft_type]}"))
+    module = ROUTER_METHOD if checkpoint.members else modules[peft_type]
+    method = cast(Method, import_module(f"{__name__}.{module}"))
     dtype = dtype or base.dtype
     if peft_type in PROMPT_METHODS:
         prompt = method.compile_prompt(checkpoint, base)

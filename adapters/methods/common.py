@@ -10,7 +10,7 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint, is_finite
 from weft.adapters.config_fields import ConfigFields, FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported, BaseWeightsNeeded
-from weft.adapters.forms import GatedPrefix, LowRank, PrefixKV, Prompt, SiteForms, SoftPrompt, TokenRows
+from weft.adapters.forms import GatedPrefix, LowRank, PrefixKV, Prompt, RoutedLowRank, SiteForms, SoftPrompt, TokenRows
 from weft.adapters.methods.targets import Selector, targeted_sites
 
 PREFIX = "base_model.model."
@@ -89,7 +89,12 @@ def cast_forms(forms: SiteForms, dtype: torch.dtype, path: str) -> SiteForms:
         keys, values = cast(forms.prefix.keys, "keys"), cast(forms.prefix.values, "values")
         assert keys is not None and values is not None, "a prefix has both"
         prefix = GatedPrefix(keys, values, forms.prefix.projected)
-    return SiteForms(low_rank, rows=rows, prefix=prefix, **others)
+    routed = None
+    if forms.routed is not None:
+        a, b, prototypes = (cast(getattr(forms.routed, name), name) for name in ("a", "b", "prototypes"))
+        assert a is not None and b is not None and prototypes is not None, "a router has all three"
+        routed = RoutedLowRank(a, b, prototypes, forms.routed.top_k)
+    return SiteForms(low_rank, rows=rows, prefix=prefix, routed=routed, **others)
 
 
 def cast_prompt(prompt: Prompt, dtype: torch.dtype) -> Prompt:

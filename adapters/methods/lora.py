@@ -43,7 +43,9 @@ SHARED_FIELDS = COMMON_FIELDS | FieldTable(
     },
     neutral={
         "alora_invocation_tokens": Neutral("an activated LoRA starts in the middle of the prompt"),
-        "arrow_config": Neutral("Arrow routes every token between several adapters"),
+        "arrow_config": Neutral(
+            "Arrow routes every token between several adapters: give the folder in which they lie beside arrow_router"
+        ),
         "kasa_config": Neutral("KaSA removes singular values from the base weight"),
         "layer_replication": Neutral("it changes the depth of the base"),
         "megatron_config": Neutral("the adapter was trained on Megatron's own layers"),

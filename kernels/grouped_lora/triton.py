@@ -120,7 +120,7 @@ def grouped_lora(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGrou
     shrink = shrink_config(x.dtype, max_rank, groups.block_rows)
     expand = expand_config(x.dtype, max_rank, groups.block_rows)
     (width_in, width_out), rows = (x.shape[1], y.shape[1]), groups.num_adapted
-    split_width = _split_width(width_in, groups.num_tiles, shrink["BLOCK_K"])
+    split_width = split_width_of(width_in, groups.num_tiles, shrink["BLOCK_K"])
     splits = triton.cdiv(width_in, split_width)
     planes = torch.empty(splits, rows, max_rank, dtype=torch.float32, device=x.device)
     shared = (a.counts, groups.order, groups.tiles, planes)
@@ -168,7 +168,7 @@ def _config(max_rank: int, block_rows: int) -> dict[str, Any]:
     return {"BLOCK_M": block_rows, "BLOCK_R": min(64, max(16, triton.next_power_of_2(max_rank)))}
 
 
-def _split_width(width: int, tiles: int, block: int) -> int:
+def split_width_of(width: int, tiles: int, block: int) -> int:
     """Columns of x that one program sums: a multiple of `block`, no split empty."""
     splits = min(triton.cdiv(TARGET_PROGRAMS, tiles), triton.cdiv(width, MIN_SPLIT))
     return int(triton.cdiv(triton.cdiv(width, splits), block) * block)

@@ -115,10 +115,7 @@ def examine(adapter: Path, base: Base) -> dict[str, Any]:
         "method": compiled.method,
         "forms": list(compiled.forms),
         "rank": compiled.rank,
-        "sites": {
-            path: {"forms": list(forms.names), "rank": forms.low_rank.rank if forms.low_rank else 0}
-            for path, forms in compiled.sites.items()
-        },
+        "sites": {path: {"forms": list(forms.names), "rank": forms.rank} for path, forms in compiled.sites.items()},
         "nbytes": compiled.nbytes,
         "virtual_tokens": compiled.prompt.length if compiled.prompt else 0,
         "position_offset": compiled.prompt.position_offset if compiled.prompt else 0,
@@ -131,8 +128,11 @@ def named_base(adapter: Path) -> str:
     Raises:
         ConfigError: it names none.
     """
+    from weft.adapters.files import CONFIG, ROUTER
+
+    folder = adapter if (adapter / CONFIG).exists() or not (adapter / ROUTER).is_dir() else adapter / ROUTER
     try:
-        config = json.loads((adapter / "adapter_config.json").read_text())
+        config = json.loads((folder / CONFIG).read_text())
         named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     except (OSError, ValueError) as error:
         raise ConfigError(f"adapter: cannot read its adapter_config.json: {error}") from error

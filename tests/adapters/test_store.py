@@ -151,7 +151,7 @@ def test_file_beyond_its_limit(store: Store, source: Path) -> None:
 
 
 def test_file_that_grows_while_it_is_copied(store: Store, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "FILES", dict(FILES) | {WEIGHTS: 100})
+    monkeypatch.setattr(store_module, "size_limit", lambda name: 100 if name == WEIGHTS else FILES[name])
     with pytest.raises(AdapterTooLarge, match="grew"):
         store.add(source)
     assert store.versions() == leftovers(store) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import ArrowConfig, LoraConfig, PeftConfig, PeftModel, create_arrow_model, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
 from transformers import AutoModelForCausalLM
@@ -58,6 +58,31 @@ def make_adapter(base: Path, folder: Path, config: PeftConfig, *, seed: int = 0,
     return folder
 
 
+def make_arrow(base: Path, folder: Path, arrow: ArrowConfig, *, experts: int = 3, **lora_config: Any) -> Path:
+    """Save a router between ``experts`` LoRA adapters, as ``peft.create_arrow_model`` makes it, and return ``folder``.
+
+    Args:
+        lora_config: of every expert; their scales differ. Where ``arrow`` asks for it, there is general knowledge too.
+    """
+    names = [f"expert-{index}" for index in range(experts + arrow.use_gks)]
+    paths = [
+        str(make_lora(base, folder.parent / f"{folder.name}-{name}", seed=seed, lora_alpha=seed + 1, **lora_config))
+        for seed, name in enumerate(names)
+    ]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        create_arrow_model(model, paths[:experts], arrow, paths[experts:]).save_pretrained(str(folder))
+    return folder
+
+
+def load_arrow(model: Any, folder: Path) -> Any:
+    """The model with the router and the experts in ``folder``, which peft itself can only put together anew."""
+    config = json.loads((folder / "arrow_router" / "adapter_config.json").read_text())["arrow_config"]
+    tasks, general = ([str(folder / n) for n in config.pop(f"{kind}_adapter_names")] for kind in ("task", "gks"))
+    return create_arrow_model(model, tasks, ArrowConfig(**config), general)
+
+
 class Generation(NamedTuple):
     """Greedy tokens, and the log-probabilities ``[steps, vocab]`` (fp32) each was chosen from."""
 
@@ -73,7 +98,8 @@ class PeftReference:
         if adapter is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = PeftModel.from_pretrained(model, str(adapter))
+                routed = (adapter / "arrow_router").is_dir()
+                model = load_arrow(model, adapter) if routed else PeftModel.from_pretrained(model, str(adapter))
         self.model = model.eval()
 
     @torch.no_grad()

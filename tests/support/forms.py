@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from weft.adapters.forms import CompiledAdapter, GatedPrefix, SiteForms
+from weft.adapters.forms import CompiledAdapter, GatedPrefix, RoutedLowRank, SiteForms
 
 
 def dense_delta(forms: SiteForms) -> torch.Tensor:
@@ -54,6 +54,17 @@ def _found(prefix: GatedPrefix, query: torch.Tensor) -> torch.Tensor:
     return torch.cat(found, -1).unsqueeze(0)
 
 
+def _routed(routed: RoutedLowRank, x: torch.Tensor) -> torch.Tensor:
+    """The weighted updates of all experts, each of them in full."""
+    likeness = (x @ routed.prototypes.T).abs()
+    least = likeness.topk(routed.top_k, dim=-1).values[..., -1:]
+    weights = likeness.masked_fill(likeness < least, float("-inf")).softmax(-1)
+    experts = len(routed.prototypes)
+    pairs = zip(routed.a.chunk(experts), routed.b.chunk(experts, dim=1), strict=True)
+    updates = torch.stack([x @ a.T @ b.T for a, b in pairs], dim=-1)
+    return (updates * weights.unsqueeze(-2)).sum(-1)
+
+
 def _hook(forms: SiteForms, queries: list[torch.Tensor]) -> Any:
     def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         x = args[0]
@@ -75,6 +86,8 @@ def _hook(forms: SiteForms, queries: list[torch.Tensor]) -> Any:
             output = output + forms.shift
         if forms.low_rank is not None:
             output = output + x @ forms.low_rank.a.T @ forms.low_rank.b.T
+        if forms.routed is not None:
+            output = output + _routed(forms.routed, x)
         if forms.delta is not None:
             output = output + x @ forms.delta.T
         if forms.rows is not None:
