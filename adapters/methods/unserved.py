@@ -33,5 +33,5 @@ def check_served(peft_type: str, checkpoint: Checkpoint) -> None:
         return
     if peft_type == "XLORA" and CLASSIFIER not in checkpoint.tensors:
         # Its experts are named 0, 1, ...; when peft 0.21 saves, it drops every tensor whose name has one of them in it.
-        reason = f"the file lacks {CLASSIFIER!r}, which peft 0.21 loses when it saves, and cannot reload either"
+        reason = f"the file lacks {CLASSIFIER!r}, which peft 0.21 loses when it saves and draws anew when it loads"
     raise AdapterUnsupported(f"{peft_type} is not served: {reason}", param="peft_type")

@@ -56,7 +56,7 @@ def test_lily_depends_on_its_batch(llama: TinyBase, tmp_path: Path) -> None:
 def test_peft_loses_the_classifier_of_x_lora(depth: int, llama: TinyBase, tmp_path: Path) -> None:
     experts = {
         name: str(make_lora(llama.folder, tmp_path / name, seed=seed, target_modules=["q_proj"]))
-        for seed, name in enumerate("ab")
+        for seed, name in enumerate("01")
     }
     config = XLoraConfig(task_type=TASK, hidden_size=48, adapters=experts, xlora_depth=depth, xlora_size=8)
     model = AutoModelForCausalLM.from_pretrained(llama.folder, dtype=torch.float32)
