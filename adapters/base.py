@@ -41,7 +41,7 @@ class Base:
         model_type: transformers' name of the architecture (``config.model_type``).
         num_layers: ``config.num_hidden_layers``.
         sites: linear modules by path, in the order of ``named_modules()``.
-        norms: likewise, modules that have a weight, and perhaps a bias, for each element of the hidden state.
+        norms: likewise, modules that have a weight, and perhaps a bias, for each element of what they normalise.
         module_paths: every module's path, to tell "not a linear" from "not there".
         dtype: of the base's weights.
         hidden_size: width of the embeddings.
@@ -77,8 +77,7 @@ class Base:
                 sites[path] = Site(path, "linear", module.in_features, module.out_features, module.bias is not None)
             elif isinstance(module, Conv1D):
                 sites[path] = Site(path, "conv1d", module.nx, module.nf, True)
-            elif _is_norm(module, model.config.hidden_size):
-                width = model.config.hidden_size
+            elif (width := _norm_width(module)) is not None:
                 norms[path] = Site(path, "norm", width, width, getattr(module, "bias", None) is not None)
         config = model.config
         output = model.get_output_embeddings()
@@ -133,7 +132,10 @@ class Base:
         return parameter.cpu()
 
 
-def _is_norm(module: nn.Module, width: int) -> bool:
-    """Whether the module's parameters are a weight, and perhaps a bias, of ``width`` elements."""
+def _norm_width(module: nn.Module) -> int | None:
+    """The width of a module that is called a norm and has a weight, and perhaps a bias, of that length; else None."""
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    return "weight" in shapes and shapes.keys() <= {"weight", "bias"} and set(shapes.values()) == {(width,)}
+    one_vector = "weight" in shapes and shapes.keys() <= {"weight", "bias"} and len(set(shapes.values())) == 1
+    if not one_vector or len(shapes["weight"]) != 1 or "norm" not in type(module).__name__.lower():
+        return None
+    return shapes["weight"][0]

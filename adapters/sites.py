@@ -166,7 +166,10 @@ class NormSite(_Site):
         own = {part: rows for part in (Part.WEIGHT, Part.BIAS) if (rows := self._active(part, groups)) is not None}
         if not own:
             return y
-        inputs, outputs = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        # Norms within attention see several vectors of a token, one a head, before or behind the dimension of tokens.
+        # Where there are as many heads as tokens, the tokens are further apart in memory.
+        tokens = max((dim for dim in range(x.ndim - 1) if x.shape[dim] == groups.num_rows), key=x.stride)
+        inputs, outputs = x.movedim(tokens, 0), y.movedim(tokens, 0)
         for slot, start, stop in groups.segments:
             # A norm applies its weight in a way of its own (Gemma's is an offset from 1), so it is asked itself.
             tensors = {part.value: rows.of(slot)[0] for part, rows in own.items() if rows.host_counts[slot]}

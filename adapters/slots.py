@@ -71,6 +71,10 @@ class _Pool:
         self.rows.index_copy_(0, index, rows.to(self.rows, non_blocking=True))
 
 
+def _norm_widths(base: Base) -> Iterable[int]:
+    return (norm.out_features for norm in base.norms.values() for _ in range(1 + norm.has_bias))
+
+
 class SlotPool:
     """Slots ``0 .. num_slots - 1``, their rows, and the tables the kernels read.
 
@@ -92,6 +96,8 @@ class SlotPool:
         widths = Counter[int]()
         for site in (*base.sites.values(), *((base.embedding,) if base.embedding else ())):
             widths.update((site.in_features, site.out_features))
+        # Norms within attention are of widths that no linear layer may have; a row for each of their parameters.
+        widths.update(Counter(w for w in _norm_widths(base) if w not in widths))
         per_rank = sum(width * count for width, count in widths.items()) * dtype.itemsize
         ranks = memory // per_rank
         if ranks < 1:

@@ -21,6 +21,7 @@ from weft.adapters.config_fields import show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
 from weft.adapters.forms import CompiledAdapter, Prompt, SiteForms
 from weft.adapters.methods.common import cast_forms, cast_prompt, take_base_copies
+from weft.adapters.methods.saved_modules import check_apart, take_saved_modules
 from weft.adapters.methods.unserved import check_served
 
 METHODS: Mapping[str, str] = MappingProxyType(
@@ -56,6 +57,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "TRAINABLE_TOKENS": "trainable_tokens",
         "PEANUT": "peanut",
         "ADAPTION_PROMPT": "adaption_prompt",
+        "ADAMSS": "adamss",
     }
 )
 """peft_type to the module of this package that serves it; imported when first used."""
@@ -63,11 +65,11 @@ METHODS: Mapping[str, str] = MappingProxyType(
 
 PROMPT_METHODS: Mapping[str, str] = MappingProxyType(
     {
-        "PREFIX_TUNING": "prefix",
-        "CARTRIDGE": "cartridge",
-        "PROMPT_TUNING": "prompt",
-        "P_TUNING": "p_tuning",
-        "CPT": "cpt",
+        "PREFIX_TUNING": "prompts",
+        "CARTRIDGE": "prompts",
+        "PROMPT_TUNING": "prompts",
+        "P_TUNING": "prompts",
+        "CPT": "prompts",
     }
 )
 """Likewise, of the methods that put something in front of the prompt."""
@@ -110,12 +112,15 @@ def compile_adapter(folder: Path, base: Base, *, version: str, dtype: torch.dtyp
     module = ROUTER_METHOD if checkpoint.members else modules[peft_type]
     method = cast(Method, import_module(f"{__name__}.{module}"))
     dtype = dtype or base.dtype
-    if peft_type in PROMPT_METHODS:
-        prompt = method.compile_prompt(checkpoint, base)
-        checkpoint.finish()
-        return CompiledAdapter(version=version, method=peft_type, sites={}, prompt=cast_prompt(prompt, dtype))
-    sites = method.compile_sites(checkpoint, base)
+    prompt = method.compile_prompt(checkpoint, base) if peft_type in PROMPT_METHODS else None
+    sites = {} if prompt else method.compile_sites(checkpoint, base)
+    saved = take_saved_modules(checkpoint, base, prompt)
+    check_apart(saved, sites)
     take_base_copies(checkpoint, base)
     checkpoint.finish()
-    forms = {path: cast_forms(form, dtype, path) for path, form in sites.items()}
-    return CompiledAdapter(version=version, method=peft_type, sites=forms)
+    return CompiledAdapter(
+        version=version,
+        method=peft_type,
+        sites={path: cast_forms(form, dtype, path) for path, form in {**sites, **saved}.items()},
+        prompt=cast_prompt(prompt, dtype) if prompt else None,
+    )

@@ -10,14 +10,14 @@ from weft.adapters.config_fields import ConfigFields, FieldTable, Neutral, show
 from weft.adapters.errors import AdapterFormatError
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults, lora
-from weft.adapters.methods.common import PREFIX, check_apart, method_sites, site_tensor, take_biases, take_saved_modules
+from weft.adapters.methods.common import PREFIX, method_sites, site_tensor, take_biases
 from weft.adapters.methods.targets import TARGET_FIELDS
 
 EPSILON = 1e-5
 """peft adds it to the rank it divides by."""
 
 FIELDS = lora.SHARED_FIELDS | FieldTable(
-    honoured=("modules_to_save", "init_r", "lora_alpha", "rank_pattern", "bias", *TARGET_FIELDS),
+    honoured=("init_r", "lora_alpha", "rank_pattern", "bias", *TARGET_FIELDS),
     ignored={
         "alpha_pattern": "AdaLoRA has one alpha",
         "beta1": "of the allocation of ranks during training",
@@ -49,8 +49,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     scale = (alpha if alpha > 0 else init_r) / (init_r + EPSILON)
     kept = _kept_ranks(config)
     biases = take_biases(checkpoint, base, sites)
-    forms = take_saved_modules(checkpoint, base)
-    check_apart(forms, sites)
+    forms: dict[str, SiteForms] = {}
     for site in sites:
         rank = kept.get(site.path, init_r)
         a = site_tensor(checkpoint, site, "lora_A", (rank, site.in_features))

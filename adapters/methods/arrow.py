@@ -17,7 +17,7 @@ from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, Neutral, as_integer, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
 from weft.adapters.forms import LowRank, RoutedLowRank, SiteForms
-from weft.adapters.methods import defaults, lora
+from weft.adapters.methods import defaults, lora, lora_factors
 from weft.adapters.methods.common import method_sites, site_tensor, take_base_copies
 from weft.adapters.methods.targets import TARGET_FIELDS
 from weft.kernels.routed_lora import MAX_EXPERTS
@@ -37,7 +37,7 @@ FIELDS = lora.SHARED_FIELDS.without("arrow_config") | FieldTable(
     },
     neutral={
         "bias": Neutral("the router of peft has no biases", ("none",)),
-        "init_lora_weights": Neutral("the router would change the base", lora.HARMLESS_INITS),
+        "init_lora_weights": Neutral("the router would change the base", lora_factors.HARMLESS_INITS),
         "lora_bias": Neutral("the router of peft has no biases"),
         "modules_to_save": Neutral("the router of peft replaces no modules"),
         "rank_pattern": Neutral("the router has one rank"),

@@ -16,7 +16,7 @@ from weft.adapters.methods.targets import Selector, targeted_sites
 PREFIX = "base_model.model."
 """Before the module's path in every tensor name peft writes."""
 
-COMMON_FIELDS = FieldTable(
+CONFIG_FIELDS = FieldTable(
     honoured=("peft_type", "task_type"),
     ignored={
         "auto_mapping": "names the classes the adapter was trained with",
@@ -26,6 +26,10 @@ COMMON_FIELDS = FieldTable(
         "revision": "of base_model_name_or_path",
     },
 )
+"""Fields of every config."""
+
+COMMON_FIELDS = CONFIG_FIELDS | FieldTable(honoured=("modules_to_save",))
+"""Those and ``modules_to_save``, which the caller of the loaders honours."""
 
 
 def check_task(config: ConfigFields) -> None:
@@ -110,59 +114,6 @@ def cast_prompt(prompt: Prompt, dtype: torch.dtype) -> Prompt:
         for tensors in (prompt.keys, prompt.values)
     )
     return PrefixKV(keys, values, prompt.position_offset)
-
-
-def take_saved_modules(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
-    """The modules that ``modules_to_save`` replaces, by path: norms, the token embedding, and linear layers as the
-    difference they make.
-
-    peft replaces every module whose path ends with one of the names, dot or no dot, and saves its tensors whole; a name
-    that no module has changes nothing.
-
-    Raises:
-        AdapterUnsupported: such a module is of another kind.
-        AdapterMismatch: one of its tensors is missing.
-    """
-    names = checkpoint.config.names("modules_to_save")
-    if not names:
-        return {}
-    endings = (names,) if isinstance(names, str) else names
-    chosen = tuple(path for path in base.module_paths if path.endswith(endings))
-    forms = {}
-    for path in dict.fromkeys(p for top in chosen for p in base.module_paths if p == top or p.startswith(f"{top}.")):
-        site = base.module(path)
-        if site is not None:
-            forms[path] = _saved_module(checkpoint, base, site)
-        elif f"{path}.weight" in base.parameters:
-            raise AdapterUnsupported(
-                f"modules_to_save replaces {show(path)}, which is no linear layer, norm or token embedding",
-                param="modules_to_save",
-            )
-    return forms
-
-
-def check_apart(saved: Mapping[str, SiteForms], sites: Sequence[Site]) -> None:
-    """Raise AdapterUnsupported where a module is both replaced and adapted."""
-    both = next((site.path for site in sites if site.path in saved), None)
-    if both is not None:
-        raise AdapterUnsupported(
-            f"modules_to_save replaces {show(both)}, which is also adapted", param="modules_to_save"
-        )
-
-
-def _saved_module(checkpoint: Checkpoint, base: Base, site: Site) -> SiteForms:
-    def saved(name: str) -> torch.Tensor:
-        shape = tuple(base.parameters[f"{site.path}.{name}"].shape)
-        return checkpoint.tensors.take(f"{PREFIX}{site.path}.{name}", shape).float()
-
-    weight, bias = saved("weight"), saved("bias") if site.has_bias else None
-    if site.kind == "norm":
-        return SiteForms(weight=weight, bias=bias)
-    if site.kind == "embedding":
-        return SiteForms(rows=TokenRows(torch.arange(site.in_features), weight * base.embedding_scale))
-    own = base.bias(site)
-    weight = weight.T if site.kind == "conv1d" else weight
-    return SiteForms(delta=weight - base.weight(site), shift=None if bias is None or own is None else bias - own)
 
 
 def take_biases(checkpoint: Checkpoint, base: Base, sites: Sequence[Site]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from weft.adapters.base import Site
-from weft.adapters.config_fields import ConfigFields, FieldTable, Neutral, as_integer, as_number, show
+from weft.adapters.config_fields import ConfigFields, FieldTable, as_integer, as_number, show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import lora
@@ -20,7 +20,6 @@ MAX_PROJECTION = 1 << 28
 
 PRODUCT_FIELDS = COMMON_FIELDS | FieldTable(
     ignored={"init_weights": "how the parameters were initialised before training"},
-    neutral={"modules_to_save": Neutral("fully trained modules replace those of the base")},
 )
 """Fields that mean the same to these methods."""
 

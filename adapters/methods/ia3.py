@@ -9,12 +9,12 @@ from weft.adapters.config_fields import FieldTable
 from weft.adapters.errors import AdapterUnsupported
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import COMMON_FIELDS, check_apart, method_sites, site_tensor, take_saved_modules
+from weft.adapters.methods.common import COMMON_FIELDS, method_sites, site_tensor
 from weft.adapters.methods.targets import Selector
 from weft.adapters.patterns import first_matches, is_plain
 
 FIELDS = COMMON_FIELDS | FieldTable(
-    honoured=("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"),
+    honoured=("target_modules", "exclude_modules", "feedforward_modules"),
     ignored={
         "fan_in_fan_out": "peft corrects it to what the module is: true for Conv1D, false for Linear",
         "init_ia3_weights": "how the vectors were initialised before training",
@@ -36,8 +36,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
             )
         feedforward = defaults.IA3_FEEDFORWARD[base.model_type]
     scaled_inputs = _feedforward_paths(feedforward, sites)
-    forms = take_saved_modules(checkpoint, base)
-    check_apart(forms, sites)
+    forms: dict[str, SiteForms] = {}
     for site in sites:
         if site.path in scaled_inputs:
             forms[site.path] = SiteForms(gain_in=site_tensor(checkpoint, site, "ia3_l", (1, site.in_features))[0])

@@ -9,14 +9,12 @@ from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import (
     COMMON_FIELDS,
-    check_apart,
     check_task,
     site_tensor,
-    take_saved_modules,
 )
 from weft.adapters.methods.targets import targeted_sites
 
-FIELDS = COMMON_FIELDS | FieldTable(honoured=("target_modules", "exclude_modules", "modules_to_save"))
+FIELDS = COMMON_FIELDS | FieldTable(honoured=("target_modules", "exclude_modules"))
 """Every field of peft 0.21.2's LNTuningConfig."""
 
 
@@ -25,9 +23,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     check_task(checkpoint.config)
     checkpoint.config.check(FIELDS)
     sites = targeted_sites(checkpoint.config, base, defaults.LN_TUNING, norms=True)
-    forms = take_saved_modules(checkpoint, base)
-    check_apart(forms, sites)
-    return forms | {site.path: _own_norm(checkpoint, site) for site in sites}
+    return {site.path: _own_norm(checkpoint, site) for site in sites}
 
 
 def _own_norm(checkpoint: Checkpoint, site: Site) -> SiteForms:

@@ -17,18 +17,14 @@ from weft.adapters.methods import defaults
 from weft.adapters.methods.common import (
     COMMON_FIELDS,
     PREFIX,
-    check_apart,
     method_sites,
     take_biases,
-    take_saved_modules,
 )
+from weft.adapters.methods.lora_factors import VARIANT_FIELDS, Factors, tensor_name
 from weft.adapters.methods.targets import TARGET_FIELDS, match_patterns
 from weft.adapters.methods.token_rows import take_trained_tokens, token_module
 
 MAX_RANK = 1 << 14
-
-HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-"""Values of init_lora_weights that leave the base weights as they are."""
 
 SHARED_FIELDS = COMMON_FIELDS | FieldTable(
     ignored={
@@ -39,7 +35,8 @@ SHARED_FIELDS = COMMON_FIELDS | FieldTable(
         "lora_dropout": "no dropout at inference",
         "lora_ga_config": "only read with init_lora_weights='lora_ga', which is refused",
         "megatron_core": "only read with megatron_config, which is refused",
-        "qalora_group_size": "only read with use_qalora, which is refused",
+        "qalora_group_size": "only read with use_qalora",
+        "use_qalora": "peft pools the input of bases quantised by GPTQ alone, which are not served",
     },
     neutral={
         "alora_invocation_tokens": Neutral("an activated LoRA starts in the middle of the prompt"),
@@ -53,16 +50,15 @@ SHARED_FIELDS = COMMON_FIELDS | FieldTable(
         "target_parameters": Neutral("it adapts parameters outside linear layers"),
         "use_bdlora": Neutral("BD-LoRA packs block-diagonal factors"),
         "use_dora": Neutral("DoRA rescales the output of every adapted layer"),
-        "use_qalora": Neutral("QA-LoRA pools the input in groups"),
         "velora_config": Neutral("VeLoRA saves further tensors"),
     },
 )
 """Fields of LoraConfig that mean the same to the methods that inherit it."""
 
-FIELDS = SHARED_FIELDS.without("use_dora") | FieldTable(
+FIELDS = SHARED_FIELDS.without("use_dora", *VARIANT_FIELDS) | FieldTable(
     honoured=(
+        *VARIANT_FIELDS,
         "r",
-        "modules_to_save",
         "trainable_token_indices",
         "lora_alpha",
         "use_rslora",
@@ -111,7 +107,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``. Every scale is folded into the factors."""
     config = checkpoint.config
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA, embeddings=True)
-    _check_init(config)
+    factors = Factors.read(config, sites, base)
     _check_tying(config, sites, base)
     scaling = _Scaling.read(config, sites)
     with_bias, dora = config.flag("lora_bias"), config.flag("use_dora")
@@ -119,33 +115,31 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
         raise AdapterUnsupported("lora_bias with use_dora is not defined, nor does peft make it", param="lora_bias")
     _check_names(checkpoint, sites, base)
     biases = take_biases(checkpoint, base, sites)
-    forms = take_saved_modules(checkpoint, base) | _trained_tokens(checkpoint, base)
-    check_apart(forms, sites)
+    forms = _trained_tokens(checkpoint, base)
     for site in sites:
         if site is base.embedding:
             forms[site.path] = _embedding_forms(checkpoint, base, site, *scaling.of(site), dora)
             continue
-        form = _site_forms(checkpoint, site, *scaling.of(site), with_bias)
+        rank, scale = scaling.of(site)
+        shift = _bias(checkpoint, site) * scale if with_bias else None
+        form = SiteForms(factors.take(checkpoint, base, site, rank, scale), shift=shift)
         if dora:
             form = _rescaled(form, _magnitude(checkpoint, site), base, site)
         forms[site.path] = form
     return with_biases(forms, biases, base)
 
 
-def _site_forms(checkpoint: Checkpoint, site: Site, rank: int, scale: float, with_bias: bool) -> SiteForms:
-    a = checkpoint.tensors.take(_name(checkpoint, site, "lora_A", "weight"), (rank, site.in_features)).float()
-    b = checkpoint.tensors.take(_name(checkpoint, site, "lora_B", "weight"), (site.out_features, rank)).float()
-    shift = None
-    if with_bias:
-        name = _name(checkpoint, site, "lora_B", "bias")
-        shift = checkpoint.tensors.take(name, (site.out_features,)).float() * scale
-    return SiteForms(LowRank(a, b * scale), shift=shift)
+def _bias(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
+    return checkpoint.tensors.take(tensor_name(checkpoint, site, "lora_B", "bias"), (site.out_features,)).float()
 
 
 def _embedding_forms(checkpoint: Checkpoint, base: Base, site: Site, rank: int, scale: float, dora: bool) -> SiteForms:
     """A and B of the token embedding, whose input is one-hot; B is scaled as the module scales its own vectors."""
-    a = checkpoint.tensors.take(_name(checkpoint, site, "lora_embedding_A"), (rank, site.in_features)).float()
-    b = checkpoint.tensors.take(_name(checkpoint, site, "lora_embedding_B"), (site.out_features, rank)).float() * scale
+    a = checkpoint.tensors.take(tensor_name(checkpoint, site, "lora_embedding_A"), (rank, site.in_features)).float()
+    b = (
+        checkpoint.tensors.take(tensor_name(checkpoint, site, "lora_embedding_B"), (site.out_features, rank)).float()
+        * scale
+    )
     if not dora:
         return SiteForms(LowRank(a, b * base.embedding_scale))
     if base.embedding_scale != 1.0:
@@ -205,25 +199,6 @@ def with_biases(forms: Mapping[str, SiteForms], biases: Mapping[str, torch.Tenso
         assert own is not None, "only biases of the base are trained"
         result[path] = replace(form, shift=bias - own if form.shift is None else bias - own + form.shift)
     return result
-
-
-def _name(checkpoint: Checkpoint, site: Site, part: str, kind: str = "") -> str:
-    """The tensor's name. A state dict saved without peft's help keeps the adapter's name, by default ``default``."""
-    ending = f".{kind}" if kind else ""
-    name = f"{PREFIX}{site.path}.{part}{ending}"
-    named = f"{PREFIX}{site.path}.{part}.default{ending}"
-    return named if named in checkpoint.tensors and name not in checkpoint.tensors else name
-
-
-def _check_init(config: ConfigFields) -> None:
-    init = config.value("init_lora_weights", True)
-    if any(type(init) is type(value) and init == value for value in HARMLESS_INITS):
-        return
-    raise AdapterUnsupported(
-        f"init_lora_weights={show(init)} is not served: the adapter belongs to base weights that were changed before "
-        "training; save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA",
-        param="init_lora_weights",
-    )
 
 
 def _check_tying(config: ConfigFields, sites: Sequence[Site], base: Base) -> None:

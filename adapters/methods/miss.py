@@ -23,7 +23,6 @@ from weft.adapters.methods.targets import TARGET_FIELDS
 FIELDS = COMMON_FIELDS | FieldTable(
     honoured=("r", "mini_r", "init_weights", "bias", *TARGET_FIELDS),
     ignored={"miss_dropout": "no dropout at inference"},
-    neutral=factors.PRODUCT_FIELDS.neutral,
 )
 """Every field of peft 0.21.2's MissConfig. What init_weights names is no way to begin, but a method each."""
 

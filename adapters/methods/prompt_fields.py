@@ -6,7 +6,7 @@ import torch
 
 from weft.adapters.base import Base
 from weft.adapters.checkpoint import Checkpoint
-from weft.adapters.config_fields import FieldTable, Neutral
+from weft.adapters.config_fields import FieldTable
 from weft.adapters.errors import AdapterUnsupported
 from weft.adapters.methods.common import COMMON_FIELDS, check_task
 
@@ -19,7 +19,6 @@ PROMPT_FIELDS = COMMON_FIELDS | FieldTable(
         "num_layers": "the base has them, and the saved tensor must fit it",
         "token_dim": "the base has it, and the saved tensor must fit it",
     },
-    neutral={"modules_to_save": Neutral("fully trained modules replace those of the base")},
 )
 
 

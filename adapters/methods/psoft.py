@@ -123,7 +123,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     for site in sites:
         matrix = rotation.matrix(checkpoint, site, rank)
         weight = base.weight(site)
-        left, values, right = _svd(weight, rank) if exact else _sketched_svd(weight, rank, iterations, seed)
+        left, values, right = _svd(weight, rank) if exact else sketched_svd(weight, rank, iterations, seed)
         if symmetric:
             roots = values.sqrt()
             left, right = left * roots, roots[:, None] * right
@@ -139,7 +139,7 @@ def _svd(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, t
     return left[:, :rank], values[:rank], right[:rank]
 
 
-def _sketched_svd(
+def sketched_svd(
     weight: torch.Tensor, rank: int, iterations: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Likewise, by subspace iteration from a random start (Halko et al., arXiv 0909.4061, algorithms 4.4 and 5.1).

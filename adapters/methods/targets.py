@@ -157,7 +157,7 @@ def _in_layers(
 def _site(path: str, base: Base, norms: bool) -> Site:
     site = (base.norms if norms else base.sites).get(path)
     if site is None:
-        kind = "norm of the hidden state" if norms else "linear layer"
+        kind = "norm" if norms else "linear layer"
         raise AdapterUnsupported(
             f"target_modules selects {show(path)}, which is not a {kind}; only such are served",
             param="target_modules",

@@ -7,11 +7,11 @@ from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable
 from weft.adapters.errors import AdapterUnsupported
 from weft.adapters.forms import SiteForms
-from weft.adapters.methods.common import COMMON_FIELDS, check_task
+from weft.adapters.methods.common import CONFIG_FIELDS, check_task
 from weft.adapters.methods.targets import targeted_sites
 from weft.adapters.methods.token_rows import take_trained_tokens
 
-FIELDS = COMMON_FIELDS | FieldTable(
+FIELDS = CONFIG_FIELDS | FieldTable(
     honoured=("token_indices", "target_modules"),
     ignored={"init_weights": "how the rows were initialised before training"},
 )

@@ -13,7 +13,7 @@ import torch
 
 from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
-from weft.adapters.config_fields import FieldTable, Neutral, show
+from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults
@@ -29,7 +29,6 @@ FIELDS = COMMON_FIELDS | FieldTable(
         "init_vector_bank_bound": "how the bank was initialised before training",
         "vblora_dropout": "no dropout at inference",
     },
-    neutral={"modules_to_save": Neutral("fully trained modules replace those of the base")},
 )
 """Every field of peft 0.21.2's VBLoRAConfig."""
 

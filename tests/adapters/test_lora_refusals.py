@@ -42,11 +42,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "target_parameters": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
     "alora_invocation_tokens": {"alora_invocation_tokens": [10, 11]},
-    "use_qalora": {"use_qalora": True},
     "task_type": {"task_type": "SEQ_2_SEQ_LM"},
-    "velora_config": {"velora_config": {"num_groups": 8}},
-    "monteclora_config": {"monteclora_config": {"num_samples": 2}},
-    "kasa_config": {"kasa_config": {"beta": 0.1}},
 }
 
 
@@ -58,12 +54,9 @@ def test_option_saved_by_peft(field: str, llama: TinyBase, tmp_path: Path) -> No
 
 
 SET_FIELDS: list[tuple[str, object]] = [
-    ("use_bdlora", {"nblocks": 2}),
     ("arrow_config", {"top_k": 2}),
     ("megatron_config", {"x": 1}),
-    ("init_lora_weights", "pissa"),
     ("init_lora_weights", "pissa_niter_16"),
-    ("init_lora_weights", "olora"),
     ("init_lora_weights", "corda"),
     ("init_lora_weights", "loftq"),
     ("init_lora_weights", "lora_ga"),

@@ -79,14 +79,6 @@ def refusal(folder: Path, tiny: TinyBase) -> AdapterError:
 
 
 @pytest.mark.parametrize("method", FIRST_TENSOR)
-def test_modules_to_save(method: str, saved: Saved, llama: TinyBase) -> None:
-    folder = saved(method)
-    edit_config(folder, modules_to_save=["lm_head"])
-    error = refusal(folder, llama)
-    assert isinstance(error, AdapterUnsupported) and error.param == "modules_to_save"
-
-
-@pytest.mark.parametrize("method", FIRST_TENSOR)
 def test_tensor_missing(method: str, saved: Saved, llama: TinyBase) -> None:
     folder, name = saved(method), FIRST_TENSOR[method]
     edit_tensors(folder, lambda tensors: {k: t for k, t in tensors.items() if k != name})

@@ -40,7 +40,7 @@ def test_a_number_of_tokens_that_is_none(value: object, llama: TinyBase, adapter
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_transformer_submodules", 2), ("task_type", "SEQ_2_SEQ_LM"), ("modules_to_save", ["lm_head"]), ("later", 1)],
+    [("num_transformer_submodules", 2), ("task_type", "SEQ_2_SEQ_LM"), ("later", 1)],
 )
 def test_an_option_that_changes_the_output(field: str, value: object, llama: TinyBase, adapter: Path) -> None:
     edit_config(adapter, **{field: value})

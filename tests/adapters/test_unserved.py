@@ -67,9 +67,3 @@ def test_peft_loses_the_classifier_of_x_lora(depth: int, llama: TinyBase, tmp_pa
     assert "lacks" in refusal(tmp_path / "x", llama).message
     edit_tensors(tmp_path / "x", lambda tensors: {**tensors, CLASSIFIER: torch.ones(2, 48)})
     assert "runs the base twice" in refusal(tmp_path / "x", llama).message
-
-
-def test_adamss_is_refused_with_its_reason(llama: TinyBase, tmp_path: Path) -> None:
-    adapter = make_lora(llama.folder, tmp_path / "adapter", target_modules=["q_proj"])
-    edit_config(adapter, peft_type="ADAMSS")
-    assert "KMeans" in refusal(adapter, llama).message

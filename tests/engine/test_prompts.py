@@ -7,12 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from peft import CartridgeConfig, CPTConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import (
+    CartridgeConfig,
+    CPTConfig,
+    LNTuningConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
+from transformers import AutoModelForCausalLM
 
 from tests.engine.conftest import Zoo
 from tests.engine.harness import Driver, Oracles, assert_alone, random_prompt
 from tests.support.adapters import make_adapter, make_lora
 from tests.support.models import ARCHITECTURES, tiny_model
+from weft.adapters.base import Base
 from weft.server.config import EngineConfig
 from weft.server.engine.engine import Engine
 from weft.server.errors import InvalidRequest
@@ -30,6 +40,8 @@ def prompt_configs() -> dict[str, PeftConfig]:
         "cartridge": CartridgeConfig(task_type=TASK, num_virtual_tokens=9, num_frozen_tokens=1),
         "cpt": CPTConfig(task_type=TASK, cpt_token_ids=[5, 6, 7, 8], cpt_tokens_type_mask=[1, 2, 3, 4]),
         "prompt": PromptTuningConfig(task_type=TASK, num_virtual_tokens=35),
+        "prefix-saved": PrefixTuningConfig(task_type=TASK, num_virtual_tokens=5, modules_to_save=["1.mlp", "lm_head"]),
+        "prompt-saved": PromptTuningConfig(task_type=TASK, num_virtual_tokens=18, modules_to_save=["lm_head"]),
         "p-tuning": PromptEncoderConfig(task_type=TASK, num_virtual_tokens=7, encoder_hidden_size=24),
         "p-tuning-lstm": PromptEncoderConfig(
             task_type=TASK, num_virtual_tokens=32, encoder_hidden_size=24, encoder_reparameterization_type="LSTM"
@@ -49,6 +61,10 @@ def prompts_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Zoo]
                 name: make_adapter(base, folder / name, config, seed=seed, scale=3.0)
                 for seed, (name, config) in enumerate(prompt_configs().items())
             }
+            norms = list(Base.of(AutoModelForCausalLM.from_pretrained(base)).norms)
+            adapters["norms"] = make_adapter(
+                base, folder / "norms", LNTuningConfig(task_type=TASK, target_modules=norms)
+            )
             adapters["lora"] = make_lora(base, folder / "lora", r=3, target_modules="all-linear")
             made[arch] = Zoo(base, adapters, Oracles(base, adapters))
         return made[arch]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from peft import (
+    AdamssConfig,
     BeftConfig,
     C3AConfig,
     FourierFTConfig,
@@ -37,7 +39,16 @@ def unsaved(config: type[PeftConfig], **fields: Any) -> PeftConfig:
         return config(**fields)
 
 
+ADAMSS: dict[str, PeftConfig] = {}
+if find_spec("sklearn"):  # peft cannot even make the config without
+    ADAMSS = {
+        "adamss": AdamssConfig(r=12, num_subspaces=4, subspace_rank=3, target_modules=LINEARS),
+        "adamss_dynamic": AdamssConfig(r=500, subspace_rank=4, use_dynamic_rank=True, random_seed=3),
+        "adamss_head": AdamssConfig(r=20, num_subspaces=9, target_modules=["lm_head", "q_proj"]),
+    }
+
 CASES: dict[str, PeftConfig] = {
+    **ADAMSS,
     "shira": ShiraConfig(r=4, target_modules=LINEARS),
     "shira_seed_default_targets": ShiraConfig(r=3, random_seed=5),
     "supertuning": SupertuningConfig(sparsity=0.9, target_modules=LINEARS),
