@@ -15,11 +15,14 @@ from weft.adapters.errors import AdapterError, AdapterFormatError, AdapterTooLar
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+DIFFERENCES = "pytorch_diff.bin"
+"""Sparse differences from the base's parameters, as LT-SFT saves them: an adapter by itself, without a config."""
 
 FILES: Mapping[str, int] = MappingProxyType(
     {
         CONFIG: 8 << 20,
         WEIGHTS: 16 << 30,
+        DIFFERENCES: 1 << 30,
         # A tokenizer saved beside the adapter (new tokens, an own chat template).
         "added_tokens.json": 16 << 20,
         "chat_template.jinja": 1 << 20,
@@ -120,7 +123,11 @@ def _listed(folder: Path) -> set[str]:
 
 def _present(folder: Path) -> list[str]:
     names = _listed(folder)
-    if CONFIG not in names:
+    if CONFIG in names:
+        names.discard(DIFFERENCES)
+    elif DIFFERENCES in names:
+        return [DIFFERENCES]
+    else:
         raise AdapterFormatError(f"{CONFIG} is missing; an adapter is a folder as peft saves it", param=CONFIG)
     if WEIGHTS not in names:
         raise AdapterFormatError(missing_weights(names), param=WEIGHTS)

@@ -19,8 +19,10 @@ from weft.adapters.base import Base
 from weft.adapters.checkpoint import Checkpoint, read_checkpoint
 from weft.adapters.config_fields import show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
+from weft.adapters.files import DIFFERENCES, present
 from weft.adapters.forms import CompiledAdapter, Prompt, SiteForms
 from weft.adapters.methods.common import cast_forms, cast_prompt, take_base_copies
+from weft.adapters.methods.differences import compile_differences
 from weft.adapters.methods.saved_modules import check_apart, take_saved_modules
 from weft.adapters.methods.unserved import check_served
 
@@ -78,6 +80,13 @@ ROUTER_METHOD = "arrow"
 """Likewise, of a router with adapters beside it."""
 
 
+OTHER_METHODS: Mapping[str, str] = MappingProxyType({"MELORA": "melora"})
+"""Likewise, of the forks of peft in which methods were published."""
+
+FLAGGED_METHODS: Mapping[str, str] = MappingProxyType({"use_mora": "mora"})
+"""Methods of such forks whose configs say LORA, by the flag that tells."""
+
+
 class Method(Protocol):
     """What a module of this package offers: one of the two, all tensors in fp32 on the CPU."""
 
@@ -98,20 +107,16 @@ def compile_adapter(folder: Path, base: Base, *, version: str, dtype: torch.dtyp
     Raises:
         AdapterError: it cannot be read, does not fit the base, or cannot be served exactly; names the field or tensor.
     """
+    dtype = dtype or base.dtype
+    if DIFFERENCES in present(folder):
+        changed = compile_differences(folder, base)
+        forms = {path: cast_forms(form, dtype, path) for path, form in changed.items()}
+        return CompiledAdapter(version, "LT-SFT", forms)
     checkpoint = read_checkpoint(folder)
     peft_type = checkpoint.config.text("peft_type")
     if peft_type is None:
         raise AdapterFormatError("adapter_config.json names no peft_type; is it saved by peft?", param="peft_type")
-    modules = {**METHODS, **PROMPT_METHODS}
-    if checkpoint.members and peft_type != "LORA":
-        raise AdapterUnsupported(f"a router of peft_type {show(peft_type)} is not served", param="peft_type")
-    check_served(peft_type, checkpoint)
-    if peft_type not in modules:
-        served = ", ".join(modules)
-        raise AdapterUnsupported(f"peft_type {show(peft_type)} is not served; these are: {served}", param="peft_type")
-    module = ROUTER_METHOD if checkpoint.members else modules[peft_type]
-    method = cast(Method, import_module(f"{__name__}.{module}"))
-    dtype = dtype or base.dtype
+    method = cast(Method, import_module(f"{__name__}.{_method_of(peft_type, checkpoint)}"))
     prompt = method.compile_prompt(checkpoint, base) if peft_type in PROMPT_METHODS else None
     sites = {} if prompt else method.compile_sites(checkpoint, base)
     saved = take_saved_modules(checkpoint, base, prompt)
@@ -124,3 +129,24 @@ def compile_adapter(folder: Path, base: Base, *, version: str, dtype: torch.dtyp
         sites={path: cast_forms(form, dtype, path) for path, form in {**sites, **saved}.items()},
         prompt=cast_prompt(prompt, dtype) if prompt else None,
     )
+
+
+def _method_of(peft_type: str, checkpoint: Checkpoint) -> str:
+    """The module of this package that serves the adapter.
+
+    Raises:
+        AdapterUnsupported: there is none.
+    """
+    check_served(peft_type, checkpoint)
+    if checkpoint.members:
+        if peft_type != "LORA":
+            raise AdapterUnsupported(f"a router of peft_type {show(peft_type)} is not served", param="peft_type")
+        return ROUTER_METHOD
+    flagged = next((name for flag, name in FLAGGED_METHODS.items() if checkpoint.config.flag(flag)), None)
+    if flagged and peft_type == "LORA":
+        return flagged
+    modules = {**METHODS, **PROMPT_METHODS, **OTHER_METHODS}
+    if peft_type not in modules:
+        served = ", ".join(modules)
+        raise AdapterUnsupported(f"peft_type {show(peft_type)} is not served; these are: {served}", param="peft_type")
+    return modules[peft_type]

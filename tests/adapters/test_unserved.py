@@ -11,7 +11,7 @@ from peft import LilyConfig, PeftConfig, ShadowConfig, XLoraConfig, get_peft_mod
 from transformers import AutoModelForCausalLM
 
 from tests.adapters.conftest import TinyBase
-from tests.support.adapters import PeftReference, edit_config, edit_tensors, make_adapter, make_lora
+from tests.support.adapters import PeftReference, edit_tensors, make_adapter, make_lora
 from weft.adapters.errors import AdapterUnsupported
 from weft.adapters.methods import METHODS, PROMPT_METHODS, compile_adapter
 from weft.adapters.methods.unserved import CLASSIFIER, REASONS
