@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from weft.adapters.choices import Choice
 from weft.adapters.config_fields import ConfigFields, parse_config, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch
 from weft.adapters.files import CONFIG, FILES, ROUTER, WEIGHTS, members, open_regular, present
@@ -109,17 +110,41 @@ def _whole(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return tensor.long()
 
 
+@dataclass
+class PerRequest:
+    """What of an adapter depends on the request, as its loader finds out.
+
+    Attributes:
+        chosen: values by name, for the variant to compile.
+        choices: what the loader asked for.
+        invocation: see ``CompiledAdapter.invocation``.
+    """
+
+    chosen: Mapping[str, int] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
+
+    def choose(self, choice: Choice) -> int:
+        """The value to compile with: what was chosen, else the default, else the lowest."""
+        self.choices[choice.name] = choice
+        value = self.chosen.get(choice.name, choice.low if choice.default is None else choice.default)
+        assert choice.low <= value <= choice.high, "requests are checked against the adapter's choices"
+        return value
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An adapter's config and tensors, each remembering what was used.
 
     Attributes:
+        per_request: what of it depends on the request.
         members: by name, the adapters beside a router, which it chooses between; whoever reads one finishes it.
     """
 
     config: ConfigFields
     tensors: Tensors
     members: Mapping[str, Checkpoint] = field(default_factory=dict)
+    per_request: PerRequest = field(default_factory=PerRequest)
 
     def finish(self) -> None:
         """Every field and every tensor must have been used by now.
@@ -132,9 +157,12 @@ class Checkpoint:
         self.tensors.finish()
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, chosen: Mapping[str, int] | None = None) -> Checkpoint:
     """Open the adapter in ``folder``, or the router and its members. The weights are mapped, not read: keep the file
     unchanged while in use (the store does).
+
+    Args:
+        chosen: what a request chose, by name.
 
     Raises:
         AdapterFormatError: a file is missing, not a regular file, malformed, or the weights are a pickle.
@@ -142,12 +170,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     names = members(folder)
     if not names:
-        return _read(folder)
+        return _read(folder, PerRequest(chosen or {}))
     router = _read(folder / ROUTER)
     return replace(router, members={name: _read(folder / name) for name in names if name != ROUTER})
 
 
-def _read(folder: Path) -> Checkpoint:
+def _read(folder: Path, per_request: PerRequest | None = None) -> Checkpoint:
     present(folder)
     with open_regular(folder, CONFIG) as file:
         config = parse_config(file.read(FILES[CONFIG]))
@@ -155,4 +183,4 @@ def _read(folder: Path) -> Checkpoint:
         header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise AdapterFormatError(f"{WEIGHTS} has a header of {header_bytes} bytes", param=WEIGHTS)
-    return Checkpoint(config, Tensors(folder / WEIGHTS))
+    return Checkpoint(config, Tensors(folder / WEIGHTS), per_request=per_request or PerRequest())

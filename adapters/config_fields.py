@@ -50,9 +50,11 @@ class FieldTable:
         )
 
     def without(self, *names: str) -> FieldTable:
-        """The table less some neutral fields, which a method honours."""
+        """The table less some fields, which a method treats in another way."""
         return FieldTable(
-            self.honoured, self.ignored, {name: why for name, why in self.neutral.items() if name not in names}
+            tuple(name for name in self.honoured if name not in names),
+            {name: why for name, why in self.ignored.items() if name not in names},
+            {name: why for name, why in self.neutral.items() if name not in names},
         )
 
     @property

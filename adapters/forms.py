@@ -18,6 +18,8 @@ from enum import StrEnum
 
 import torch
 
+from weft.adapters.choices import Choice
+
 
 class Part(StrEnum):
     """A kind of rows that an adapter keeps at a site, and which of the site's widths they have."""
@@ -247,12 +249,16 @@ class CompiledAdapter:
         method: how it was trained, for people to read ("LORA").
         sites: forms by the path of the base's module, as in ``model.named_modules()``.
         prompt: what stands in front of every prompt, if anything.
+        choices: what requests choose. The forms are those of one choice: the default, or the lowest.
+        invocation: tokens from whose last occurrence in a prompt on the adapter works; empty: from the first token on.
     """
 
     version: str
     method: str
     sites: Mapping[str, SiteForms]
     prompt: Prompt | None = None
+    choices: tuple[Choice, ...] = ()
+    invocation: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from weft.adapters.errors import AdapterError
+from weft.adapters.entries import TIERS, Derivation, Entry, Upload
+from weft.adapters.errors import AdapterError, AdapterUnsupported
 from weft.adapters.forms import CompiledAdapter, Prompt
 from weft.adapters.slots import Layout, Placement, SlotPool
 
@@ -18,50 +20,6 @@ Compile = Callable[[Path, str], CompiledAdapter]
 
 NOTHING = Layout({})
 """What an adapter that is still to come needs at least: a slot."""
-
-
-@dataclass
-class _Entry:
-    """One registered adapter.
-
-    Attributes:
-        compiled: while it is in host memory.
-        prompt: what it puts in front of every prompt, small enough to stay there.
-        placement: while it is on the device or on its way.
-        ready: whether the placement is published.
-        holds: live requests, waiting or running. pins: running rows.
-        fresh: published, and not used since.
-        error: why it could not be loaded again.
-    """
-
-    version: str
-    folder: Path
-    layout: Layout
-    nbytes: int
-    compiled: CompiledAdapter | None
-    prompt: Prompt | None = None
-    placement: Placement | None = None
-    ready: bool = False
-    holds: int = 0
-    pins: int = 0
-    fresh: bool = False
-    error: AdapterError | None = None
-    used: int = 0
-
-    @property
-    def tier(self) -> str:
-        if self.placement is not None:
-            return "device" if self.ready else "loading"
-        return "host" if self.compiled is not None else "disk"
-
-
-@dataclass(frozen=True)
-class _Upload:
-    """A load that ended, in the background thread, for the engine's thread to publish."""
-
-    entry: _Entry
-    placement: Placement
-    error: AdapterError | None
 
 
 class Residency:
@@ -79,10 +37,11 @@ class Residency:
         self.load_seconds = 0.0
         self.evictions = 0
         self._compile = compile_adapter
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
+        self._derived: set[str] = set()
         self._pinned: set[str] = set()
         self._doomed: set[str] = set()
-        self._uploads: list[_Upload] = []
+        self._uploads: list[Upload] = []
         self._lock = threading.RLock()
         self._arrived = threading.Event()
         self._clock = 0
@@ -102,10 +61,12 @@ class Residency:
         compiled = self._compile(folder, version)
         layout = Layout.of(compiled)
         with self._lock:
-            self.pool.check_fits(layout, beside=self._pinned_layouts())
+            self.pool.check_fits(layout, beside=self._layouts(self._pinned))
             self._doomed.discard(version)
             if version not in self._entries:
-                self._entries[version] = _Entry(version, folder, layout, compiled.nbytes, compiled, compiled.prompt)
+                entry = Entry(version, partial(self._compile, folder, version), folder)
+                entry.describe(compiled, layout)
+                self._entries[version] = entry
             self._trim_host(keep=version)
         return compiled
 
@@ -120,35 +81,60 @@ class Residency:
 
         Raises:
             AdapterTooLarge: some other registered adapter would then never find room; the pins are as before.
+            AdapterUnsupported: one of them is nothing without a choice of the request's.
         """
         with self._lock:
             wanted = {version for version in versions if version in self._entries}
-            layouts = [self._entries[version].layout for version in wanted]
-            for layout in [e.layout for e in self._entries.values() if e.version not in wanted] or [NOTHING]:
-                self.pool.check_fits(layout, beside=layouts)
+            for version in wanted:
+                self._check_pinnable(version)
+            layouts = self._layouts(wanted)
+            for other in [e.layout or NOTHING for e in self._entries.values() if e.version not in wanted] or [NOTHING]:
+                self.pool.check_fits(other, beside=layouts)
             self._pinned = wanted
 
-    def _pinned_layouts(self) -> list[Layout]:
-        return [self._entries[version].layout for version in self._pinned]
+    def _check_pinnable(self, version: str) -> None:
+        outline = self._entries[version].outline
+        choice = next((c for c in outline.choices if c.default is None), None) if outline else None
+        if choice is not None:
+            raise AdapterUnsupported(
+                f"an adapter that needs {choice.name!r} of every request cannot be pinned: each value is another one",
+                param="pinned",
+            )
+
+    def _layouts(self, versions: Iterable[str]) -> list[Layout]:
+        return [self._entries[version].layout or NOTHING for version in versions]
 
     def knows(self, version: str) -> bool:
         """Whether the version is registered, or still held by a live request."""
         with self._lock:
             return version in self._entries
 
-    def hold(self, version: str) -> bool:
-        """A live request names the version; False when it is not registered."""
+    def hold(self, version: str, derivation: Derivation | None = None) -> bool:
+        """A live request needs the version; False when it is not registered.
+
+        Args:
+            derivation: of a version that is not registered itself; False when one of its parents is not.
+        """
         with self._lock:
-            entry = self._entries.get(version)
-            if entry is None or version in self._doomed:
+            needed = derivation.parents if derivation else (version,)
+            if any(name not in self._entries or name in self._doomed for name in needed):
                 return False
-            entry.holds += 1
+            if derivation is not None and version not in self._entries:
+                folders = tuple(folder for name in needed if (folder := self._entries[name].folder) is not None)
+                self._entries[version] = Entry(version, partial(derivation.make, folders), parents=needed)
+                self._derived.add(version)
+            self._entries[version].holds += 1
             return True
 
-    def prompt(self, version: str) -> Prompt | None:
-        """What the adapter puts in front of every prompt; None for most, and for an unknown version."""
+    def outline(self, version: str) -> CompiledAdapter | None:
+        """The adapter without its sites; None for one that is unknown, or derived and not made yet."""
         with self._lock:
-            return self._entries[version].prompt if version in self._entries else None
+            return self._entries[version].outline if version in self._entries else None
+
+    def prompt(self, version: str) -> Prompt | None:
+        """What the adapter puts in front of every prompt; None for most."""
+        outline = self.outline(version)
+        return outline.prompt if outline else None
 
     def drop(self, version: str) -> None:
         """A live request ended."""
@@ -188,28 +174,39 @@ class Residency:
             failed = []
             for upload in uploads:
                 entry = upload.entry
+                entry.making = False
                 if upload.error is not None:
                     self._vacate(entry)
                     entry.error = upload.error
                     failed.append((entry.version, upload.error))
-                else:
+                elif upload.placement is not None:
                     self.pool.publish(upload.placement)
                     entry.ready = entry.fresh = True
-            for version in [v for v in self._doomed if not self._entries[v].holds]:
-                self._forget(version)
+            while forgettable := self._forgettable():
+                for version in forgettable:
+                    self._forget(version)
             for version in self._pinned:
                 entry = self._entries[version]
                 if entry.placement is None and entry.error is None:
                     self._start_load(entry)
             return failed
 
+    def _forgettable(self) -> list[str]:
+        """Doomed adapters that nothing needs; derived ones that no request needs, once they lost their slot."""
+        parents = {parent for version in self._derived for parent in self._entries[version].parents}
+        found = []
+        for version in (*self._derived, *self._doomed):
+            entry = self._entries[version]
+            if entry.holds or version in parents or entry.tier == "loading":  # its pages may be being written
+                continue
+            if entry.placement is None or self._doomed.intersection((version, *entry.parents)):
+                found.append(version)
+        return found
+
     def _forget(self, version: str) -> None:
-        entry = self._entries[version]
-        if entry.placement is None or entry.ready:  # else its pages are being written
-            self._vacate(entry)
-            del self._entries[version]
-            self._doomed.discard(version)
-            self._pinned.discard(version)
+        self._vacate(self._entries.pop(version))
+        for versions in (self._derived, self._doomed, self._pinned):
+            versions.discard(version)
 
     def wait(self, timeout: float) -> None:
         """Sleep until a load ends, at most ``timeout`` seconds."""
@@ -226,12 +223,21 @@ class Residency:
             return self._entries[version].pins if version in self._entries else 0
 
     def tiers(self) -> dict[str, str]:
+        """Of every registered version: the nearest to the device that it, or what is derived from it, has reached."""
         with self._lock:
-            return {version: entry.tier for version, entry in self._entries.items()}
+            reached = Counter[str]()
+            for entry in self._entries.values():
+                for version in entry.parents or (entry.version,):
+                    reached[version] = max(reached[version], TIERS.index(entry.tier))
+            return {version: TIERS[tier] for version, tier in reached.items()}
 
     def holds(self) -> dict[str, int]:
+        """Live requests for every registered version, or for what is derived from it."""
         with self._lock:
-            return {version: entry.holds for version, entry in self._entries.items()}
+            holds = Counter[str]()
+            for entry in self._entries.values():
+                holds.update(dict.fromkeys(entry.parents or (entry.version,), entry.holds))
+            return dict(holds)
 
     @property
     def host_bytes_used(self) -> int:
@@ -244,14 +250,18 @@ class Residency:
         with self._lock:
             if any(entry.tier == "loading" for entry in self._entries.values()):
                 return False
-            to_forget = any(not self._entries[version].holds for version in self._doomed)
             to_load = any(e.placement is None and e.error is None for e in map(self._entries.__getitem__, self._pinned))
-            return not to_forget and not to_load
+            return not self._forgettable() and not to_load
 
     def close(self) -> None:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
-    def _start_load(self, entry: _Entry) -> None:
+    def _start_load(self, entry: Entry) -> None:
+        if entry.layout is None:
+            if not entry.making:
+                entry.making = True
+                self._loader.submit(self._load, entry, None)
+            return
         placement = self.pool.reserve(entry.layout)
         while placement is None and self._evict():
             placement = self.pool.reserve(entry.layout)
@@ -260,14 +270,17 @@ class Residency:
         entry.placement = placement
         self._loader.submit(self._load, entry, placement)
 
-    def _load(self, entry: _Entry, placement: Placement) -> None:
-        """In the background thread."""
+    def _load(self, entry: Entry, placement: Placement | None) -> None:
+        """Bring an adapter to its place, or make a derived one, which tells what place it needs. In the background."""
         started = time.perf_counter()
         adapter, error = entry.compiled, None
         try:
             if adapter is None:
-                adapter = self._compile(entry.folder, entry.version)
-            self.pool.upload(placement, adapter)
+                adapter = entry.make()
+            if placement is not None:
+                self.pool.upload(placement, adapter)
+            else:
+                self._describe(entry, adapter)
         except AdapterError as exc:
             error = exc
         except Exception as exc:  # whatever it is, the requests waiting for this adapter must hear of it
@@ -276,10 +289,16 @@ class Residency:
             if error is None:
                 entry.compiled = adapter
                 self._trim_host(keep=entry.version)
-                self.loads += 1
+                self.loads += placement is not None
                 self.load_seconds += time.perf_counter() - started
-            self._uploads.append(_Upload(entry, placement, error))
+            self._uploads.append(Upload(entry, placement, error))
             self._arrived.set()
+
+    def _describe(self, entry: Entry, compiled: CompiledAdapter) -> None:
+        layout = Layout.of(compiled)
+        with self._lock:
+            self.pool.check_fits(layout, beside=self._layouts(self._pinned))
+            entry.describe(compiled, layout)
 
     def _evict(self) -> bool:
         """Take the slot of the least recently used adapter that nobody needs now; False if there is none.
@@ -298,7 +317,7 @@ class Residency:
         self.evictions += 1
         return True
 
-    def _vacate(self, entry: _Entry) -> None:
+    def _vacate(self, entry: Entry) -> None:
         if entry.placement is not None:
             self.pool.free(entry.placement)
         entry.placement = None

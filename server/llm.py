@@ -128,6 +128,8 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        task_id: int | Sequence[int | None] | None = None,
+        lora_rank: int | Sequence[int | None] | None = None,
         n: int = 1,
     ) -> list[RequestOutput]:
         """Generate for all prompts together, in mixed batches.
@@ -136,6 +138,7 @@ class LLM:
             prompts: texts or lists of token ids.
             params: for all prompts, or one per prompt.
             adapter: id of the adapter for all prompts, or one per prompt; None: the base.
+            task_id, lora_rank: likewise, for adapters that let requests choose (``AdapterInfo.choices``).
             n: continuations per prompt; with a seed, the i-th uses ``seed + i``.
 
         Raises:
@@ -144,12 +147,13 @@ class LLM:
         batch = _as_list(prompts)
         all_params = _one_each("params", params or SamplingParams(), len(batch))
         names = _one_each("adapter", adapter, len(batch))
+        choices = _choices(len(batch), task_id=task_id, lora_rank=lora_rank)
         ids = [self._encode(prompt) for prompt in batch]
         streams: list[_Stream] = []
         try:
-            for prompt_ids, prompt_params, name in zip(ids, all_params, names, strict=True):
+            for prompt_ids, prompt_params, name, chosen in zip(ids, all_params, names, choices, strict=True):
                 for index in range(n):
-                    streams.append(self._start(prompt_ids, prompt_params, name, index))
+                    streams.append(self._start(prompt_ids, prompt_params, name, chosen, index))
             self._run(streams)
         except BaseException:
             self._abandon(streams)
@@ -164,14 +168,18 @@ class LLM:
             raise InvalidRequest("the model has no tokenizer; give token ids", param="prompt")
         return self.tokenizer.encode(prompt)
 
-    def _start(self, ids: list[int], params: SamplingParams, name: str | None, index: int) -> _Stream:
+    def _start(
+        self, ids: list[int], params: SamplingParams, name: str | None, choices: dict[str, int], index: int
+    ) -> _Stream:
         if name is not None and name not in self._versions:
             raise NotFound(f"there is no adapter {name!r}", param="adapter")
         if params.seed is not None and index:
             params = replace(params, seed=params.seed + index)
         version = None if name is None else self._versions[name]
         self._serial += 1
-        request = EngineRequest(f"offline-{self._serial}", ids, params, adapter=version, adapter_name=name)
+        request = EngineRequest(
+            f"offline-{self._serial}", ids, params, adapter=version, adapter_name=name, choices=choices
+        )
         text = None
         if self.tokenizer is not None:
             text = TextStream(self.tokenizer, ids, params)
@@ -230,6 +238,12 @@ def _one_each(name: str, value: Any, count: int) -> list[Any]:
     if len(value) != count:
         raise InvalidRequest(f"'{name}' has {len(value)} entries for {count} prompts", param=name)
     return list(value)
+
+
+def _choices(count: int, **given: Any) -> list[dict[str, int]]:
+    """What each of ``count`` prompts chooses of its adapter, by name."""
+    values = {name: _one_each(name, value, count) for name, value in given.items()}
+    return [{name: each[i] for name, each in values.items() if each[i] is not None} for i in range(count)]
 
 
 def _output(prompt: Prompt, adapter: str | None, group: list[_Stream]) -> RequestOutput:

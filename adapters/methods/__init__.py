@@ -60,6 +60,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "PEANUT": "peanut",
         "ADAPTION_PROMPT": "adaption_prompt",
         "ADAMSS": "adamss",
+        "POLY": "poly",
     }
 )
 """peft_type to the module of this package that serves it; imported when first used."""
@@ -72,6 +73,7 @@ PROMPT_METHODS: Mapping[str, str] = MappingProxyType(
         "PROMPT_TUNING": "prompts",
         "P_TUNING": "prompts",
         "CPT": "prompts",
+        "MULTITASK_PROMPT_TUNING": "multitask_prompt",
     }
 )
 """Likewise, of the methods that put something in front of the prompt."""
@@ -80,11 +82,11 @@ ROUTER_METHOD = "arrow"
 """Likewise, of a router with adapters beside it."""
 
 
-OTHER_METHODS: Mapping[str, str] = MappingProxyType({"MELORA": "melora"})
-"""Likewise, of the forks of peft in which methods were published."""
+OTHER_METHODS: Mapping[str, str] = MappingProxyType({"MELORA": "melora", "DYLORA": "dylora"})
+"""Likewise, of methods that peft has not; their files look as peft's do."""
 
 FLAGGED_METHODS: Mapping[str, str] = MappingProxyType({"use_mora": "mora"})
-"""Methods of such forks whose configs say LORA, by the flag that tells."""
+"""Methods of forks of peft whose configs say LORA, by the flag that tells."""
 
 
 class Method(Protocol):
@@ -97,12 +99,20 @@ class Method(Protocol):
         """What stands in front of the prompt; every field and tensor of ``checkpoint`` used."""
 
 
-def compile_adapter(folder: Path, base: Base, *, version: str, dtype: torch.dtype | None = None) -> CompiledAdapter:
+def compile_adapter(
+    folder: Path,
+    base: Base,
+    *,
+    version: str,
+    dtype: torch.dtype | None = None,
+    chosen: Mapping[str, int] | None = None,
+) -> CompiledAdapter:
     """Read the adapter in ``folder``, check it in full against ``base`` and reduce it to forms on the CPU.
 
     Args:
         version: the digest of its content.
         dtype: of the forms' tensors; None: the base's.
+        chosen: what a request chose of the adapter's ``choices``.
 
     Raises:
         AdapterError: it cannot be read, does not fit the base, or cannot be served exactly; names the field or tensor.
@@ -112,7 +122,7 @@ def compile_adapter(folder: Path, base: Base, *, version: str, dtype: torch.dtyp
         changed = compile_differences(folder, base)
         forms = {path: cast_forms(form, dtype, path) for path, form in changed.items()}
         return CompiledAdapter(version, "LT-SFT", forms)
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(folder, chosen)
     peft_type = checkpoint.config.text("peft_type")
     if peft_type is None:
         raise AdapterFormatError("adapter_config.json names no peft_type; is it saved by peft?", param="peft_type")
@@ -128,6 +138,8 @@ def compile_adapter(folder: Path, base: Base, *, version: str, dtype: torch.dtyp
         method=peft_type,
         sites={path: cast_forms(form, dtype, path) for path, form in {**sites, **saved}.items()},
         prompt=cast_prompt(prompt, dtype) if prompt else None,
+        choices=tuple(checkpoint.per_request.choices.values()),
+        invocation=checkpoint.per_request.invocation,
     )
 
 

@@ -27,7 +27,7 @@ EPSILON = 1e-8
 GENERAL = "gks_"
 """Begins the names of adapters of general knowledge, which are no experts."""
 
-FIELDS = lora.SHARED_FIELDS.without("arrow_config") | FieldTable(
+FIELDS = lora.SHARED_FIELDS.without("arrow_config", "modules_to_save") | FieldTable(
     honoured=("arrow_config", "r", *TARGET_FIELDS),
     ignored={
         "alpha_pattern": "the router's own update is never applied",
@@ -126,6 +126,11 @@ def _experts(member: Checkpoint, base: Base, sites: Sequence[Site], name: str, s
         raise AdapterUnsupported(f"the expert {name} must be a LoRA adapter", param="peft_type")
     forms = lora.compile_sites(member, base)
     take_base_copies(member, base)
+    if member.per_request.invocation:
+        raise AdapterUnsupported(
+            f"the expert {name} is an activated LoRA; peft's router applies its experts to every token",
+            param="alora_invocation_tokens",
+        )
     if forms.keys() != {site.path for site in sites}:
         raise AdapterMismatch(
             f"the expert {name} does not adapt the same modules as the router, which peft cannot run",

@@ -14,6 +14,7 @@ from weft.adapters.config_fields import ConfigFields, FieldTable, Neutral, as_in
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults
+from weft.adapters.methods.activated import invocation_tokens
 from weft.adapters.methods.common import (
     COMMON_FIELDS,
     PREFIX,
@@ -55,7 +56,7 @@ SHARED_FIELDS = COMMON_FIELDS | FieldTable(
 )
 """Fields of LoraConfig that mean the same to the methods that inherit it."""
 
-FIELDS = SHARED_FIELDS.without("use_dora", *VARIANT_FIELDS) | FieldTable(
+FIELDS = SHARED_FIELDS.without("use_dora", "alora_invocation_tokens", *VARIANT_FIELDS) | FieldTable(
     honoured=(
         *VARIANT_FIELDS,
         "r",
@@ -69,6 +70,7 @@ FIELDS = SHARED_FIELDS.without("use_dora", *VARIANT_FIELDS) | FieldTable(
         "lora_bias",
         "init_lora_weights",
         "ensure_weight_tying",
+        "alora_invocation_tokens",
         *TARGET_FIELDS,
     ),
 )
@@ -109,6 +111,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA, embeddings=True)
     factors = Factors.read(config, sites, base)
     _check_tying(config, sites, base)
+    checkpoint.per_request.invocation = invocation_tokens(config, sites, base)
     scaling = _Scaling.read(config, sites)
     with_bias, dora = config.flag("lora_bias"), config.flag("use_dora")
     if with_bias and dora:

@@ -119,6 +119,11 @@ def examine(adapter: Path, base: Base) -> dict[str, Any]:
         "nbytes": compiled.nbytes,
         "virtual_tokens": compiled.prompt.length if compiled.prompt else 0,
         "position_offset": compiled.prompt.position_offset if compiled.prompt else 0,
+        "choices": {
+            choice.name: {"min": choice.low, "max": choice.high, "default": choice.default}
+            for choice in compiled.choices
+        },
+        "invocation": list(compiled.invocation),
     }
 
 
@@ -163,6 +168,11 @@ def _text(report: Mapping[str, Any]) -> str:
         lines.insert(
             4, f"prompt   {report['virtual_tokens']} virtual tokens, the first real one at {report['position_offset']}"
         )
+    for name, choice in report["choices"].items():
+        default = "must be given" if choice["default"] is None else f"default {choice['default']}"
+        lines.insert(-1, f"choice   {name} from {choice['min']} to {choice['max']}, {default}")
+    if report["invocation"]:
+        lines.insert(-1, f"works    from the last occurrence of the tokens {report['invocation']} on")
     # One line for all layers that are alike.
     alike = Counter(
         (re.sub(r"\.\d+\.", ".*.", path), "+".join(site["forms"]), site["rank"])

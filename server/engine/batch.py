@@ -70,9 +70,9 @@ class Batch:
             (token for row in rows for token in row.seq.tokens[row.start : row.stop]), np.int64, count=sum(lens)
         )
         wanted, indices = _wanted(rows)
-        slots = np.repeat([row.seq.slot for row in rows], lens)
-        logit_slots = [want.row.seq.slot for want in wanted for _ in range(want.count)]
-        tokens = RowGroups.build(slots.tolist(), device)
+        slots = [slot for row in rows for slot in row.seq.slots(row.start, row.stop)]
+        logit_slots = [slot for want in wanted for slot in want.row.seq.slots(want.start, want.stop)]
+        tokens = RowGroups.build(slots, device)
         return cls(
             input_ids=to_device(ids, device).unsqueeze(0),
             position_ids=_position_ids(rows, lens, attention, device).unsqueeze(0),

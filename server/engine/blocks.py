@@ -30,6 +30,17 @@ def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
 
 
+def activated_key(parent: bytes, root: bytes, activation: int) -> bytes:
+    """What the block descends from in which an adapter starts to work, after blocks of the base.
+
+    The same tokens with the adapter on from another token on are another content, so its place is part of the key.
+
+    Args:
+        root: of the adapter. activation: the first token it works on.
+    """
+    return hashlib.sha256(b"weft-kv-activation" + parent + root + activation.to_bytes(8, "little")).digest()
+
+
 class BlockPool:
     """Reference-counted pages with an index by content.
 

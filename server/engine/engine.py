@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from weft.adapters.forms import Prompt
+from weft.adapters.entries import Derivation
+from weft.adapters.forms import CompiledAdapter
 from weft.server.config import EngineConfig
 from weft.server.engine import startup
 from weft.server.engine.batch import Batch
@@ -18,6 +19,7 @@ from weft.server.engine.request import EngineRequest, TokenDelta
 from weft.server.engine.sampler import Sample, Sampler
 from weft.server.engine.scheduler import Row, Scheduler
 from weft.server.engine.sequence import Sequence
+from weft.server.engine.variants import last_occurrence, resolve, variant
 from weft.server.errors import InvalidRequest, NotFound, Overloaded
 
 
@@ -39,6 +41,7 @@ class Engine:
         self.config = config
         self.adapters = loaded.adapters
         self.runner = loaded.runner
+        self._compile_folder = loaded.compile_folder
         self._blocks = BlockPool(loaded.runner.cache.num_blocks)
         self._scheduler = Scheduler(config, self._blocks, loaded.adapters)
         self._sampler = Sampler(loaded.eos_token_ids)
@@ -53,18 +56,55 @@ class Engine:
         Raises:
             InvalidRequest: naming the field. NotFound: its adapter is not registered. Overloaded: the queue is full.
         """
-        max_len = self._check(request)
+        outline = self._outline(request)
+        max_len = self._check(request, outline)
+        chosen = resolve(outline.choices if outline else (), request.choices)
         if len(self._scheduler.waiting) >= self.config.max_queued_requests:
             raise Overloaded(f"{len(self._scheduler.waiting)} requests are waiting already")
+        seq = self._sequence(request, outline, chosen, max_len)
         if request.adapter is not None:
-            self.adapters.clear_error(request.adapter)
-            if not self.adapters.hold(request.adapter):
-                raise NotFound(f"no adapter of version {request.adapter!r} is registered", param="model")
-        root = root_key(self.info.fingerprint, request.adapter, request.cache_salt)
-        seq = Sequence.start(request, root, max_len, self._prompt(request))
+            self._hold(seq, request.adapter, chosen)
         self._live[request.request_id] = seq
         self._scheduler.add(seq)
         self._counters.accepted(seq)
+
+    def _outline(self, request: EngineRequest) -> CompiledAdapter | None:
+        """The adapter that a request names, without its sites; None: the base."""
+        if request.adapter is None:
+            return None
+        outline = self.adapters.outline(request.adapter)
+        if outline is None:
+            raise _not_registered(request.adapter)
+        return outline
+
+    def _sequence(
+        self, request: EngineRequest, outline: CompiledAdapter | None, chosen: Mapping[str, int], max_len: int
+    ) -> Sequence:
+        """A request on the variant it chose, which works from its invocation on, if it has one."""
+        adapter = variant(outline.version, chosen) if outline else None
+        root = root_key(self.info.fingerprint, adapter, request.cache_salt)
+        seq = Sequence.start(request, root, max_len, outline.prompt if outline else None)
+        seq.adapter = adapter
+        if outline is not None and outline.invocation:
+            seq.root = root_key(self.info.fingerprint, None, request.cache_salt)
+            activation = last_occurrence(request.prompt_token_ids, outline.invocation)
+            if activation is None:
+                seq.adapter = None
+            else:
+                seq.activation, seq.active_root = activation, root
+        return seq
+
+    def _hold(self, seq: Sequence, version: str, chosen: Mapping[str, int]) -> None:
+        """Keep what the request runs with, and have it made if it is a variant that is not there."""
+        held = seq.adapter or version
+        derivation = None
+        if chosen:
+            derivation = Derivation(held, (version,), lambda folders: self._compile_folder(folders[0], held, chosen))
+        self.adapters.clear_error(held)
+        if not self.adapters.hold(held, derivation):
+            raise _not_registered(version)
+        if seq.adapter is None:  # an adapter that is not invoked
+            self.adapters.drop(held)
 
     def abort(self, request_id: str) -> None:
         """End a request, if it is live; the next step's deltas hold its last one."""
@@ -95,7 +135,7 @@ class Engine:
         Requests for an adapter that could not be loaded end with its error.
         """
         for version, error in self.adapters.poll():
-            for seq in [s for s in self._live.values() if s.request.adapter == version]:
+            for seq in [s for s in self._live.values() if s.adapter == version]:
                 self._fail(seq, str(error))
         self._scheduler.prompts.prune(self.adapters.knows)
 
@@ -152,8 +192,8 @@ class Engine:
         """Forget a request and give back all it holds."""
         self._scheduler.finish(seq)
         del self._live[seq.request.request_id]
-        if seq.request.adapter is not None:
-            self.adapters.drop(seq.request.adapter)
+        if seq.adapter is not None:
+            self.adapters.drop(seq.adapter)
 
     @property
     def has_work(self) -> bool:
@@ -177,6 +217,8 @@ class Engine:
             adapter.nbytes,
             prompt.length if prompt else 0,
             prompt.position_offset if prompt else 0,
+            adapter.choices,
+            adapter.invocation,
         )
 
     def unregister_adapter(self, version: str) -> None:
@@ -209,11 +251,11 @@ class Engine:
         self.adapters.check_integrity()
         known = {id(seq) for seq in (*self._scheduler.running, *self._scheduler.waiting)}
         assert known == {id(seq) for seq in self._live.values()}, "live requests and the scheduler's disagree"
-        holds = Counter(seq.request.adapter for seq in self._live.values() if seq.request.adapter is not None)
+        holds = Counter(seq.request.adapter for seq in self._live.values() if seq.adapter is not None)
         for version, count in self.adapters.holds().items():
             assert count == holds[version], f"{version} is held {count} times by {holds[version]} live requests"
 
-    def _check(self, request: EngineRequest) -> int:
+    def _check(self, request: EngineRequest, outline: CompiledAdapter | None) -> int:
         """Refuse what cannot be served; returns the tokens of prompt and output at most."""
         if request.request_id in self._live:
             raise InvalidRequest(f"request id {request.request_id!r} is in use", param="request_id")
@@ -226,7 +268,7 @@ class Engine:
             self._check_tokens(field, tokens)
         if not ids:
             raise InvalidRequest("the prompt is empty", param="prompt")
-        prompt = self._prompt(request)
+        prompt = outline.prompt if outline else None
         own = prompt.length if prompt else 0
         if own % self.info.block_size:
             # The page that the adapter's prompt ends in is copied for every row, and must fit beside the copy.
@@ -248,14 +290,15 @@ class Engine:
             )
         return len(ids) + (params.max_tokens or room)
 
-    def _prompt(self, request: EngineRequest) -> Prompt | None:
-        return None if request.adapter is None else self.adapters.prompt(request.adapter)
-
     def _check_tokens(self, field: str, tokens: Iterable[int]) -> None:
         size = self.info.vocab_size
         wrong = next((token for token in tokens if not 0 <= token < size), None)
         if wrong is not None:
             raise InvalidRequest(f"'{field}' has token id {wrong}, outside the vocabulary of {size}", param=field)
+
+
+def _not_registered(version: str) -> NotFound:
+    return NotFound(f"no adapter of version {version!r} is registered", param="model")
 
 
 def _describe(config: EngineConfig, loaded: startup.Loaded, seconds: float) -> ModelInfo:

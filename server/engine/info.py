@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from weft.adapters.choices import Choice
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -46,6 +48,8 @@ class AdapterInfo:
         nbytes: of its tensors in the serving dtype.
         virtual_tokens: that it puts in front of every prompt; they count against the context.
         position_offset: position of the first real token behind them.
+        choices: what requests choose of it.
+        invocation: tokens from whose last occurrence in a prompt on it works; empty: from the first token on.
     """
 
     version: str
@@ -56,6 +60,8 @@ class AdapterInfo:
     nbytes: int
     virtual_tokens: int = 0
     position_offset: int = 0
+    choices: tuple[Choice, ...] = ()
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class EngineStats:
         max_step_adapters: the most there have been in one forward pass.
         adapter_prompt_tokens: virtual tokens of soft prompts computed, once per adapter and load.
         adapters: by adapter name.
-        tiers: version -> "device", "host", "loading" or "disk".
+        tiers: version -> "device", "host", "loading" or "disk"; of what is derived from it, the nearest counts.
         refcounts: version -> live requests holding it.
         device_bytes, host_bytes: adapter memory in use per tier.
         steps, batch_tokens: forward passes, and tokens that went through them (counters).

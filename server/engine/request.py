@@ -104,6 +104,7 @@ class EngineRequest:
         adapter_name: under which its traffic is accounted (fairness, metrics).
         cache_salt: requests with different salts never share KV blocks.
         priority: lower is served earlier.
+        choices: what it chooses of its adapter, by name ("task_id", "lora_rank").
     """
 
     request_id: str
@@ -113,6 +114,7 @@ class EngineRequest:
     adapter_name: str | None = None
     cache_salt: str | None = None
     priority: int = 0
+    choices: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

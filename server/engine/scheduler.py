@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from weft.adapters.forms import Prompt
 from weft.server.config import EngineConfig
 from weft.server.engine.blocks import BlockPool
 from weft.server.engine.prompts import PromptPages
@@ -23,6 +24,9 @@ class Slots(Protocol):
 
     def release(self, version: str) -> None:
         """Give back one pin."""
+
+    def prompt(self, version: str) -> Prompt | None:
+        """What an adapter that is on the device puts in front of every prompt."""
 
     def knows(self, version: str) -> bool:
         """Whether the version is registered, or still held by a live request."""
@@ -129,11 +133,12 @@ class Scheduler:
         return rows
 
     def _acquire_slot(self, seq: Sequence) -> bool:
-        version = seq.request.adapter
+        version = seq.adapter
         if version is not None:
             slot = self.slots.acquire(version)
             if slot is None:
                 return False
+            seq.prompt = self.slots.prompt(version)
             if seq.prompt is not None:
                 blocks = self.prompts.acquire(version, seq.prompt)
                 if blocks is None:
@@ -144,10 +149,10 @@ class Scheduler:
         return True
 
     def _release_slot(self, seq: Sequence) -> None:
-        if seq.request.adapter is not None and seq.slot >= 0:
-            self.slots.release(seq.request.adapter)
+        if seq.adapter is not None and seq.slot >= 0:
+            self.slots.release(seq.adapter)
             if seq.prompt is not None:
-                self.prompts.release(seq.request.adapter)
+                self.prompts.release(seq.adapter)
         seq.slot = -1
         seq.prompt_blocks = []
 
@@ -243,10 +248,10 @@ class Scheduler:
         assert all(not seq.blocks and seq.slot == -1 for seq in waiting), "a waiting sequence holds pages or a slot"
         pins: dict[str, int] = {}
         for seq in self.running:
-            if seq.request.adapter is not None:
-                pins[seq.request.adapter] = pins.get(seq.request.adapter, 0) + 1
+            if seq.adapter is not None:
+                pins[seq.adapter] = pins.get(seq.adapter, 0) + 1
         for version, count in pins.items():
             assert adapter_pins(version) == count, f"{version}: {adapter_pins(version)} pins, {count} running rows"
-        on_prompts = Counter(seq.request.adapter for seq in self.running if seq.prompt is not None)
+        on_prompts = Counter(seq.adapter for seq in self.running if seq.prompt is not None)
         for prompted, rows in on_prompts.items():
             assert prompted is not None and self.prompts.users(prompted) == rows, f"{prompted}: users of its prompt"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from weft.adapters.forms import Prompt
-from weft.server.engine.blocks import block_key
+from weft.server.engine.blocks import activated_key, block_key
 from weft.server.engine.request import EngineRequest, TokenLogprobs
 
 
@@ -19,13 +19,17 @@ class Sequence:
 
     Attributes:
         request: what was asked.
+        adapter: identity of the adapter it runs with, which may be a variant of the request's; None: the base.
+        activation: the first token that the adapter works on.
         tokens: prompt and output so far.
         computed: leading tokens whose keys and values are in the pages.
         blocks: pages in order; they hold at least ``computed`` tokens.
         keys: content keys of the leading full blocks of ``tokens``, as far as they were needed.
         root: key the first block descends from.
+        active_root: of an adapter that works from ``activation`` on, with ``root`` the base's; else None.
         slot: device slot of its adapter; -1: the base.
-        prompt: what its adapter puts in front of it: keys and values that count before token 0 in its pages.
+        prompt: what its adapter puts in front of it: keys and values that count before token 0 in its pages. Of a
+            variant that is still to be made, another of the same length.
         prompt_blocks: pages of that prompt, while running.
         copy: page whose head is the tail of that prompt, and the sequence's own page to copy it to before it runs.
         embeddings: ``[len(tokens), hidden]`` of virtual tokens, in place of what the token ids stand for.
@@ -47,6 +51,9 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)
     published: int = 0
     slot: int = -1
+    adapter: str | None = None
+    activation: int = 0
+    active_root: bytes | None = None
     prompt: Prompt | None = None
     prompt_blocks: list[int] = field(default_factory=list)
     copy: tuple[int, int] | None = None
@@ -66,7 +73,16 @@ class Sequence:
         if params.prompt_logprobs is not None:
             logprobs = [None] * len(request.prompt_token_ids)
         tokens = list(request.prompt_token_ids)
-        return cls(request, root, max_len, tokens, prompt=prompt, seed=seed, prompt_logprobs=logprobs)
+        return cls(
+            request,
+            root,
+            max_len,
+            tokens,
+            adapter=request.adapter,
+            prompt=prompt,
+            seed=seed,
+            prompt_logprobs=logprobs,
+        )
 
     @property
     def prompt_len(self) -> int:
@@ -96,6 +112,11 @@ class Sequence:
         """Under which its traffic is accounted."""
         return self.request.adapter_name or self.request.adapter or ""
 
+    def slots(self, start: int, stop: int) -> list[int]:
+        """The slot of each of the tokens ``[start, stop)``."""
+        before = min(max(self.activation - start, 0), stop - start)
+        return [-1] * before + [self.slot] * (stop - start - before)
+
     def pages(self, block_size: int, tokens: int) -> int:
         """Pages that the first ``tokens`` tokens and what stands in front of them take."""
         return -(-(self.offset + tokens) // block_size)
@@ -104,11 +125,14 @@ class Sequence:
         """Keys of the full pages that hold some of the first ``tokens`` tokens.
 
         A page that begins with the adapter's prompt is told apart by the root, which the adapter's version is part of.
+        Pages that end before an activation are the base's; the others depend on where it is.
         """
         shared = self.offset // block_size
         count = (self.offset + tokens) // block_size - shared
         while len(self.keys) < count:
             start = (shared + len(self.keys)) * block_size - self.offset
             parent = self.keys[-1] if self.keys else self.root
+            if self.active_root is not None and start <= self.activation < start + block_size:
+                parent = activated_key(parent, self.active_root, self.activation)
             self.keys.append(block_key(parent, self.tokens[max(0, start) : start + block_size]))
         return self.keys[:count]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -23,11 +24,18 @@ Progress = Callable[[str], None]
 """Told what start-up is busy with."""
 
 
+class CompileFolder(Protocol):
+    """Compiles the adapter in a folder for the base, as a request chose it; raises AdapterError."""
+
+    def __call__(self, folder: Path, version: str, chosen: Mapping[str, int] | None = None) -> CompiledAdapter: ...
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What the engine runs on.
 
     Attributes:
+        compile_folder: what ``adapters`` compiles with.
         fingerprint: of the base, for the identity of KV blocks.
         vocab_size: width of the logits.
         max_model_len: tokens of prompt and output together.
@@ -35,6 +43,7 @@ class Loaded:
 
     runner: ModelRunner
     adapters: Residency
+    compile_folder: CompileFolder
     fingerprint: str
     vocab_size: int
     max_model_len: int
@@ -73,12 +82,13 @@ def _load(config: EngineConfig, progress: Progress) -> Loaded:
     runner = ModelRunner(model, cache, attach_sites(model, base, pool), device)
     selfcheck.verify(runner, reference, limit)
 
-    def compile_folder(folder: Path, version: str) -> CompiledAdapter:
-        return compile_adapter(folder, base, version=version, dtype=base.dtype)
+    def compile_folder(folder: Path, version: str, chosen: Mapping[str, int] | None = None) -> CompiledAdapter:
+        return compile_adapter(folder, base, version=version, dtype=base.dtype, chosen=chosen)
 
     return Loaded(
         runner=runner,
         adapters=Residency(pool, compile_folder, host_bytes=config.adapter_host_memory),
+        compile_folder=compile_folder,
         fingerprint=fingerprint,
         vocab_size=reference[0].shape[-1],
         max_model_len=_fit_model_len(config, limit, num_blocks),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
+from weft.adapters.choices import Choice
 from weft.server.engine.info import EngineStats
 from weft.server.errors import InvalidRequest
 from weft.server.http.schemas import Body, Messages, TemplateOptions, TokenId
@@ -72,6 +74,11 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
+def choices_shown(choices: Iterable[Choice]) -> dict[str, dict[str, int | None]]:
+    """What requests choose of an adapter: bounds, both allowed, and the default, null where one must be given."""
+    return {choice.name: {"min": choice.low, "max": choice.high, "default": choice.default} for choice in choices}
+
+
 def adapter_card(record: AdapterRecord, stats: EngineStats) -> dict[str, Any]:
     """An adapter as the admin API shows it: what it is, how it is served, where it is now."""
     info = record.info
@@ -91,6 +98,8 @@ def adapter_card(record: AdapterRecord, stats: EngineStats) -> dict[str, Any]:
         "nbytes": info.nbytes,
         "virtual_tokens": info.virtual_tokens,
         "position_offset": info.position_offset,
+        "choices": choices_shown(info.choices),
+        "invocation": list(info.invocation),
         "tier": stats.tiers.get(record.version),
         "refcount": stats.refcounts.get(record.version, 0),
     }

@@ -55,6 +55,7 @@ class ChatFormat:
             skip_special_tokens=body.skip_special_tokens is not False,
             cache_salt=body.cache_salt,
             priority=body.priority or 0,
+            choices=body.adapter_choices(),
         )
 
     def chunks(self, generation: Generation, index: int, delta: TextDelta, *, first: bool) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ class CompletionFormat:
             skip_special_tokens=body.skip_special_tokens is not False,
             cache_salt=body.cache_salt,
             priority=body.priority or 0,
+            choices=body.adapter_choices(),
         )
 
     def choice(self, generation: Generation, index: int, delta: TextDelta, *, first: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TypeVar
 from weft.server.engine.info import ModelInfo
 from weft.server.engine.request import EngineRequest, SamplingParams, TokenLogprobs
 from weft.server.engine.streams import TextDelta, TextStream
+from weft.server.engine.variants import resolve
 from weft.server.errors import EngineUnavailable, InvalidRequest
 from weft.server.http.state import ServerState
 from weft.server.http.timing import observed
@@ -31,6 +32,7 @@ class Plan:
         request_id: of the reply; the engine's requests are numbered under it.
         encode: makes the prompts' token ids; run in a thread.
         prompt_param: the field the prompts come from.
+        choices: what is chosen of the adapter, by name.
         no_output: no token is wanted, only what is known of the prompt. One is generated, since that is the least the
             engine does, and dropped.
     """
@@ -45,6 +47,7 @@ class Plan:
     skip_special_tokens: bool = True
     cache_salt: str | None = None
     priority: int = 0
+    choices: dict[str, int] = field(default_factory=dict)
     arrived: float = field(default_factory=time.perf_counter)
 
 
@@ -137,6 +140,7 @@ class Generation:
             adapter_name=self._adapter.id if self._adapter else None,
             cache_salt=plan.cache_salt,
             priority=plan.priority,
+            choices=plan.choices,
         )
 
 
@@ -144,6 +148,7 @@ class Generation:
 async def opened(state: ServerState, plan: Plan) -> AsyncIterator[Generation]:
     """A generation, with its adapter's version held until the end. Raises ``RequestError``."""
     with leased(state, plan.model) as adapter:
+        resolve(adapter.info.choices if adapter else (), plan.choices)
         prompts = await state.workers.run(plan.encode)
         check_prompts(plan, prompts, state.client.info, state.limits.max_sequences)
         yield Generation(state, plan, prompts, adapter)

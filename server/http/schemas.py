@@ -100,6 +100,8 @@ class Generation(Body):
     return_token_ids: bool | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31, description="Lower is served earlier.")
+    task_id: int | None = Field(None, ge=0, lt=2**31, description="Of adapters for several tasks.")
+    lora_rank: int | None = Field(None, ge=1, lt=2**31, description="Of adapters that work at several ranks.")
 
     @model_validator(mode="before")
     @classmethod
@@ -132,6 +134,11 @@ class Generation(Body):
 
     def choices(self) -> int:
         return 1 if self.n is None else self.n
+
+    def adapter_choices(self) -> dict[str, int]:
+        """What the request chooses of its adapter."""
+        given = {"task_id": self.task_id, "lora_rank": self.lora_rank}
+        return {name: value for name, value in given.items() if value is not None}
 
     def sampling(self, **own: Any) -> SamplingParams:
         """The engine's parameters; ``own`` are those that the kinds of completion name differently."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LNTuningConfig, LoraConfig, TrainableTokensConfig
 
-from tests.adapters.cases import all_cases, all_gpt2_cases
+from tests.adapters.cases import all_cases, all_gpt2_cases, chosen_of
 from tests.adapters.conftest import TinyBase
 from tests.support.adapters import PeftReference, make_adapter
 from tests.support.forms import applied
@@ -28,10 +28,10 @@ CASES = all_cases()
 GPT2_CASES = all_gpt2_cases()
 
 
-def assert_parity(tiny: TinyBase, folder: Path) -> None:
+def assert_parity(tiny: TinyBase, folder: Path, chosen: dict[str, int] | None = None) -> None:
     """The compiled forms, applied by hand to the base, give peft's logits; and the adapter does something."""
-    expected = PeftReference(tiny.folder, folder).logits(PROMPT)
-    compiled = compile_adapter(folder, tiny.base, version="v")
+    expected = PeftReference(tiny.folder, folder, (chosen or {}).get("task_id")).logits(PROMPT)
+    compiled = compile_adapter(folder, tiny.base, version="v", chosen=chosen)
     with torch.no_grad(), applied(tiny.model, compiled):
         actual = tiny.model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits[0]
     size = float(expected.abs().max())
@@ -42,7 +42,7 @@ def assert_parity(tiny: TinyBase, folder: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_case_equals_peft(case: str, llama: TinyBase, tmp_path: Path) -> None:
-    assert_parity(llama, make_adapter(llama.folder, tmp_path / "adapter", CASES[case]))
+    assert_parity(llama, make_adapter(llama.folder, tmp_path / "adapter", CASES[case]), chosen_of(CASES[case]))
 
 
 @pytest.mark.parametrize("case", GPT2_CASES)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from peft import PrefixTuningConfig
+from peft import PolyConfig, PrefixTuningConfig
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
@@ -93,6 +93,20 @@ def test_virtual_tokens_are_told(base: Path, tmp_path: Path) -> None:
         "rank     0",
         "prompt   6 virtual tokens, the first real one at 6",
     ]
+
+
+def test_what_depends_on_the_request_is_told(base: Path, tmp_path: Path) -> None:
+    nested = make_lora(base, tmp_path / "nested", r=5, target_modules=["q_proj"])
+    edit_config(nested, peft_type="DYLORA")
+    result = check(nested, "--base", base)
+    assert "choice   lora_rank from 1 to 5, default 5" in result.stdout.splitlines()
+    report = json.loads(check(nested, "--base", base, "--json").stdout)
+    assert report["choices"] == {"lora_rank": {"min": 1, "max": 5, "default": 5}}
+    tasks = make_adapter(base, tmp_path / "tasks", PolyConfig(task_type="CAUSAL_LM", n_tasks=3))
+    assert "choice   task_id from 0 to 2, must be given" in check(tasks, "--base", base).stdout.splitlines()
+    activated = make_lora(base, tmp_path / "alora", target_modules=["q_proj"], alora_invocation_tokens=[7, 8])
+    lines = check(activated, "--base", base).stdout.splitlines()
+    assert "works    from the last occurrence of the tokens [7, 8] on" in lines
 
 
 def test_a_missing_tensor_is_named(base: Path, adapter: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from weft.server.engine.engine import Engine
 
 @dataclass(frozen=True)
 class Zoo:
-    """A base, its adapters by name, and peft's answers."""
+    """A base, its adapters by name, peft's answers, and what requests choose of an adapter."""
 
     base: Path
     adapters: dict[str, Path]
     oracles: Oracles
+    choices: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def engine(self, **settings: Any) -> Engine:
         """An engine with all adapters registered under their names as versions."""

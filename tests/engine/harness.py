@@ -41,7 +41,9 @@ class Driver:
         self.engine = engine
         self.streams: dict[str, Stream] = {}
 
-    def add(self, prompt: list[int], adapter: str | None = None, **params: object) -> Stream:
+    def add(
+        self, prompt: list[int], adapter: str | None = None, choices: dict[str, int] | None = None, **params: object
+    ) -> Stream:
         """A greedy request with log-probabilities, unless ``params`` say otherwise."""
         settings = {"temperature": 0.0, "max_tokens": 10, "logprobs": 2, "ignore_eos": True, **params}
         salt = settings.pop("cache_salt", None)
@@ -52,6 +54,7 @@ class Driver:
             adapter=adapter,
             adapter_name=adapter,
             cache_salt=salt,  # type: ignore[arg-type]
+            choices=choices or {},
         )
         self.engine.add(request)
         stream = Stream(request)
@@ -99,14 +102,20 @@ def assert_alone(stream: Stream, oracle: PeftReference, tolerance: float = 1e-3)
 
 
 class Oracles:
-    """peft with one adapter alone, by the name the engine knows it under; None: the base."""
+    """peft with one adapter alone, by the name the engine knows it under; None: the base.
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path]) -> None:
+    Args:
+        tasks: of the adapters that need one.
+    """
+
+    def __init__(self, base: Path, adapters: Mapping[str, Path], tasks: Mapping[str, int] | None = None) -> None:
         self._base = base
         self._adapters = adapters
+        self._tasks: Mapping[str | None, int] = {**(tasks or {})}
         self._made: dict[str | None, PeftReference] = {}
 
     def __getitem__(self, name: str | None) -> PeftReference:
         if name not in self._made:
-            self._made[name] = PeftReference(self._base, None if name is None else self._adapters[name])
+            folder = None if name is None else self._adapters[name]
+            self._made[name] = PeftReference(self._base, folder, self._tasks.get(name))
         return self._made[name]

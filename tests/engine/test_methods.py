@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from peft import PeftConfig
 
-from tests.adapters.cases import all_cases, all_gpt2_cases
+from tests.adapters.cases import all_cases, all_gpt2_cases, chosen_of
 from tests.engine.conftest import Zoo
 from tests.engine.harness import Oracles, assert_alone, random_prompt
 from tests.engine.test_prompts import prompt_configs
@@ -26,13 +26,16 @@ def everything(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp(f"all-{arch}")
     base = tiny_model(arch, folder / "base")
     adapters: dict[str, Path] = {}
+    chosen: dict[str, dict[str, int]] = {}
     for seed, (name, config) in enumerate(CONFIGS[arch]().items()):
         adapters[name] = make_adapter(base, folder / name, config, seed=seed)
+        chosen[name] = chosen_of(config)
     for name, config in prompt_configs().items():
         adapters[name] = make_adapter(base, folder / name, config, scale=3.0)
     for name, fields in lora_variants(arch).items():
         adapters[f"lora-{name}"] = make_lora(base, folder / f"lora-{name}", **fields)
-    return Zoo(base, adapters, Oracles(base, adapters))
+    tasks = {name: choices["task_id"] for name, choices in chosen.items() if choices}
+    return Zoo(base, adapters, Oracles(base, adapters, tasks), chosen)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,7 @@ def test_all_methods_in_one_batch_equal_peft(settings: dict, everything: Zoo) ->
     driver = everything.driver(max_adapters=count, max_num_seqs=count, adapter_memory=1 << 26, **settings)
     rng = random.Random(0)
     for name in (*everything.adapters, None):
-        driver.add(random_prompt(rng, 8, 40), name, max_tokens=25)
+        driver.add(random_prompt(rng, 8, 40), name, everything.choices.get(name or ""), max_tokens=25)
     driver.run()
     assert driver.engine.stats().max_step_adapters == count - 1
     for stream in driver.streams.values():
@@ -59,12 +62,12 @@ def test_a_base_row_does_not_see_the_others(everything: Zoo) -> None:
         driver = everything.driver(max_adapters=len(names), max_num_seqs=99, adapter_memory=1 << 26)
         if others == names:  # all of them in their slots first, so that all rows start in one step
             for name in names:
-                driver.add([3], name, max_tokens=1)
+                driver.add([3], name, everything.choices.get(name), max_tokens=1)
             driver.run()
         rng = random.Random(1)
         stream = driver.add(random_prompt(rng, 20, 30), None, max_tokens=12, prompt_logprobs=0)
         for other in others:
-            driver.add(random_prompt(rng, 8, 30), other, max_tokens=12)
+            driver.add(random_prompt(rng, 8, 30), other, everything.choices.get(other or ""), max_tokens=12)
         driver.run()
         streams.append(stream)
     alone, mixed = streams

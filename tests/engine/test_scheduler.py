@@ -27,6 +27,9 @@ class AllResident:
     def release(self, version: str) -> None:
         self.pins[version] -= 1
 
+    def prompt(self, version: str) -> None:
+        return None
+
 
 class Bench:
     """A scheduler and the part of the engine that commits its steps; every row samples token 5."""

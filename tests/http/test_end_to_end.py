@@ -15,10 +15,11 @@ import httpx
 import pytest
 import pytest_asyncio
 import torch
+from peft import PolyConfig
 
 from tests.http.conftest import ADMIN, ADMIN_KEY, events
 from tests.http.fakes import byte_level_tokenizer
-from tests.support.adapters import PeftReference, make_lora
+from tests.support.adapters import PeftReference, make_adapter, make_lora
 from tests.support.models import tiny_model
 from weft.server.config import EngineConfig
 from weft.server.http.app import create_app
@@ -42,6 +43,7 @@ class Whole:
 
     http: httpx.AsyncClient
     client: EngineClient
+    registry: AdapterRegistry
     tokenizer: Tokenizer
     folders: dict[str, Path]
     references: dict[str, PeftReference]
@@ -95,7 +97,7 @@ async def whole(
         state = ServerState(client, registry, tokenizer, Metrics(client, registry), Keyring(ADMIN_KEY), ("base",))
         transport = httpx.ASGITransport(create_app(state))
         async with httpx.AsyncClient(transport=transport, base_url="http://weft", timeout=60) as http:
-            yield Whole(http, client, tokenizer, folders, references)
+            yield Whole(http, client, registry, tokenizer, folders, references)
         state.workers.close()
     finally:
         await client.stop()
@@ -202,6 +204,38 @@ async def test_adapters_come_change_and_go_under_load(whole: Whole) -> None:
     assert {card["id"] for card in (await change("GET", ""))["data"]} == {"a", "b"}
     await change("PUT", "/a", {"source": str(whole.folders["a"])})
     assert await decode("a") == expected["a"]
+
+
+async def test_a_task_of_every_request(whole: Whole) -> None:
+    config = PolyConfig(task_type="CAUSAL_LM", r=4, n_tasks=3, n_skills=2, target_modules=["q_proj", "down_proj"])
+    folder = make_adapter(whole.folders["base"], whole.folders["base"].parent / "tasks", config, scale=1.0)
+    load = {"id": "tasks", "source": str(folder)}
+    reply = await whole.http.post("/admin/adapters", json={**load, "pinned": True}, headers=ADMIN)
+    assert reply.status_code == 422 and reply.json()["error"]["param"] == "pinned"
+    reply = await whole.http.post("/admin/adapters", json=load, headers=ADMIN)
+    assert reply.status_code == 201 and reply.json()["choices"]["task_id"]["max"] == 2
+    messages = [{"role": "user", "content": "the dog"}]
+    chat = whole.tokenizer.encode("<s><|user|>the dog</s><|assistant|>", add_special_tokens=False)
+    answers = []
+    for task in range(3):
+        alone = PeftReference(whole.folders["base"], folder, task)
+        body = {"model": "tasks", "task_id": task, "return_token_ids": True, "max_tokens": 8}
+        reply = await whole.complete(**body, prompt="the cat")
+        answers.append(reply["choices"][0]["token_ids"])
+        assert answers[-1] == alone.generate(whole.tokenizer.encode("the cat"), 8).tokens
+        body |= {"messages": messages, "temperature": 0, "ignore_eos": True}
+        reply = (await whole.http.post("/v1/chat/completions", json=body)).json()
+        assert reply["choices"][0]["token_ids"] == alone.generate(chat, 8).tokens
+    assert len({tuple(tokens) for tokens in answers}) > 1
+    assert (await whole.http.get("/admin/adapters/tasks", headers=ADMIN)).json()["tier"] == "device"
+    for fields in ({}, {"task_id": 3}, {"task_id": 0, "lora_rank": 2}):
+        reply = await whole.http.post("/v1/completions", json={"model": "tasks", "prompt": "x", **fields})
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == [*(fields or {"task_id": 0})][-1]
+    reply = await whole.http.delete("/admin/adapters/tasks", headers=ADMIN)
+    assert reply.status_code == 200
+    async with asyncio.timeout(20):
+        while (await whole.client.refresh_stats()).tiers.keys() != {record.version for record in whole.registry.list()}:
+            await asyncio.sleep(0.02)
 
 
 async def test_bad_requests_reach_no_engine(whole: Whole) -> None:

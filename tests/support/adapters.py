@@ -91,9 +91,13 @@ class Generation(NamedTuple):
 
 
 class PeftReference:
-    """The base with at most one adapter, run by transformers and peft alone, in fp32 on the CPU, without a cache."""
+    """The base with at most one adapter, run by transformers and peft alone, in fp32 on the CPU, without a cache.
 
-    def __init__(self, base: Path, adapter: Path | None = None) -> None:
+    Args:
+        task_id: for an adapter that needs one.
+    """
+
+    def __init__(self, base: Path, adapter: Path | None = None, task_id: int | None = None) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
         if adapter is not None:
             with warnings.catch_warnings():
@@ -101,13 +105,15 @@ class PeftReference:
                 routed = (adapter / "arrow_router").is_dir()
                 model = load_arrow(model, adapter) if routed else PeftModel.from_pretrained(model, str(adapter))
         self.model = model.eval()
+        self._arguments = {} if task_id is None else {"task_ids": torch.tensor([task_id])}
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """``[len(ids), vocab]``; what an adapter puts in front of ``ids`` is left out."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            out: torch.Tensor = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+            tokens = torch.tensor([list(ids)])
+            out: torch.Tensor = self.model(input_ids=tokens, use_cache=False, **self._arguments).logits[0]
         return out[-len(ids) :]
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Generation:

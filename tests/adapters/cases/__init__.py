@@ -21,6 +21,11 @@ def all_gpt2_cases() -> dict[str, PeftConfig]:
     return _merged("GPT2_CASES")
 
 
+def chosen_of(config: PeftConfig) -> dict[str, int]:
+    """What the tests' requests choose of such an adapter."""
+    return {"task_id": 1} if config.peft_type in ("POLY", "MULTITASK_PROMPT_TUNING") else {}
+
+
 def _merged(name: str) -> dict[str, PeftConfig]:
     modules = (import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__))
     return {case: config for module in modules for case, config in getattr(module, name).items()}

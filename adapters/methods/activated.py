@@ -1,0 +1,49 @@
+"""Activated LoRA (arXiv 2504.12397): a LoRA that works from the last occurrence of its invocation in the prompt on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from weft.adapters.base import Base, Site
+from weft.adapters.config_fields import ConfigFields, show
+from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
+
+MAX_INVOCATION = 256
+"""Tokens: every prompt is searched for them."""
+
+
+def invocation_tokens(config: ConfigFields, sites: Sequence[Site], base: Base) -> tuple[int, ...]:
+    """``alora_invocation_tokens``; empty for a LoRA that works from the first token on, as in peft.
+
+    Raises:
+        AdapterUnsupported: with something that peft has on at every token, or does not have for activated LoRA.
+        AdapterFormatError, AdapterMismatch: they are not tokens of the base.
+    """
+    tokens = config.integers("alora_invocation_tokens")
+    if not tokens:
+        return ()
+    if len(tokens) > MAX_INVOCATION:
+        raise AdapterFormatError(
+            f"alora_invocation_tokens has {len(tokens)} tokens; the limit is {MAX_INVOCATION}",
+            param="alora_invocation_tokens",
+        )
+    assert base.embedding is not None, "every base has an embedding"
+    wrong = next((token for token in tokens if not 0 <= token < base.embedding.in_features), None)
+    if wrong is not None:
+        raise AdapterMismatch(
+            f"alora_invocation_tokens has {show(wrong)}, outside the vocabulary of {base.embedding.in_features}",
+            param="alora_invocation_tokens",
+        )
+    if config.flag("use_dora") or base.embedding in sites:
+        raise AdapterUnsupported(
+            "alora_invocation_tokens with use_dora or an adapted embedding is not defined, nor does peft make it",
+            param="alora_invocation_tokens",
+        )
+    always = [name for name in ("modules_to_save", "trainable_token_indices") if config.value(name, None)]
+    always += ["bias"] if config.value("bias", "none") != "none" else []
+    if always:
+        raise AdapterUnsupported(
+            f"{always[0]} is not served with alora_invocation_tokens: it would change the tokens before the invocation",
+            param=always[0],
+        )
+    return tokens
