@@ -50,6 +50,7 @@ class Base:
         embedding_scale: what that module multiplies its weight with (Gemma 3).
         head: path of the module that makes the logits (``lm_head``), if the model names one.
         tied: the head's weight is the embedding's.
+        adapter_memory: bytes one adapter can have at most where it is to be served; None where that is not known.
         parameters: the base's own parameters by name, tied ones under each of their names; references, no copies.
     """
 
@@ -66,6 +67,7 @@ class Base:
     embedding_scale: float = 1.0
     head: str | None = None
     tied: bool = False
+    adapter_memory: int | None = None
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod

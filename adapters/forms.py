@@ -2,12 +2,13 @@
 
 At a linear site with weight W and bias b0, a row x of the batch becomes
 
-    y = gain_out * (W (gain_in * x) + b0) + shift + B (A x) + D x
+    y = gain_out * T(W ((gain_in * x) R) + b0) + shift + B (A x) + D x + S x
 
-where everything but W and b0 is the adapter's own, and what it has not is left out. In place of B (A x) there may be
-several such products, weighed by what x is. Behind attention, what the layer's
-queries find in a gated prefix is added to x or to y. At a norm the adapter's own weight
-and bias stand in for the base's. The base is never changed.
+where R, block-diagonal, rotates the input, T turns pairs of outputs, S is sparse, everything but W and b0 is the
+adapter's own, and what it has not is left out. In place of B (A x) there may be several such products, weighed by what
+x is. Behind attention, what the layer's queries find in a gated prefix is added to x or to y. At a norm the adapter's
+own weight and bias stand in for the base's. At the token embedding R rotates the vectors that the base has for the
+tokens. The base is never changed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from enum import StrEnum
 import torch
 
 from weft.adapters.choices import Choice
+from weft.kernels.sparse_rows import pack_rows
 
 
 class Part(StrEnum):
@@ -27,9 +29,12 @@ class Part(StrEnum):
     A = "a"
     B = "b"
     GAIN_IN = "gain_in"
+    ROTATE_IN = "rotate_in"
+    TURN = "turn"
     GAIN_OUT = "gain_out"
     SHIFT = "shift"
     DELTA = "delta"
+    SPARSE = "sparse"
     ROWS = "rows"
     WEIGHT = "weight"
     BIAS = "bias"
@@ -43,7 +48,10 @@ class Part(StrEnum):
     @property
     def of_input(self) -> bool:
         """Rows are as wide as the site's input; else as its output."""
-        return self in (Part.A, Part.GAIN_IN, Part.DELTA, Part.EXPERT_A, Part.PROTOTYPES)
+        return self in _OF_INPUT
+
+
+_OF_INPUT = frozenset((Part.A, Part.GAIN_IN, Part.ROTATE_IN, Part.DELTA, Part.SPARSE, Part.EXPERT_A, Part.PROTOTYPES))
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,9 @@ class LowRank:
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.A: self.a, Part.B: self.b.T}
+
 
 @dataclass(frozen=True)
 class TokenRows:
@@ -74,6 +85,9 @@ class TokenRows:
 
     ids: torch.Tensor
     vectors: torch.Tensor
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.ROWS: self.vectors}
 
 
 @dataclass(frozen=True)
@@ -120,19 +134,63 @@ class GatedPrefix:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """An update of W that is zero but for few values, which are sorted by output.
+
+    Attributes:
+        starts: int32 ``[out + 1]``; output n has the values from ``starts[n]`` up to ``starts[n + 1]``.
+        columns: int32 ``[count]``, the input each value belongs to.
+        values: ``[count]``.
+        width: of the input, even.
+    """
+
+    starts: torch.Tensor
+    columns: torch.Tensor
+    values: torch.Tensor
+    width: int
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.SPARSE: pack_rows(self.starts, self.columns, self.values, self.width)}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Pairs of outputs turned and stretched: ``z[n] + own[n] z[n] + other[n] z[p(n)]``.
+
+    n's partner p(n) is ``distance`` further in the first half of each group of ``2 distance`` outputs, and as much
+    before in the second.
+
+    Attributes:
+        rows: ``[2, out]``, own and other. Own is less 1, because 16 bits hold a small turn better that way.
+        distance: of the elements of a pair.
+    """
+
+    rows: torch.Tensor
+    distance: int
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.TURN: self.rows}
+
+
+@dataclass(frozen=True)
 class SiteForms:
     """What one adapter does at one site of the base; see the formula above.
 
     Attributes:
         low_rank: the low-rank update, if any.
         gain_in: ``[in]``, scales the input of W alone.
-        gain_out: ``[out]``, scales what the base computes, its bias included.
+        gain_out: ``[out]``, scales what the base computes, its bias included and turned.
         shift: ``[out]``, added to that.
         delta: ``[out, in]``, an update of W without a cheaper structure.
         rows: of an embedding or the head.
         weight, bias: ``[out]``, of a norm, in place of the base's.
         prefix: of the output projection of an attention layer.
         routed: low-rank updates weighed by each row's input.
+        rotate_in: ``[size, in]``, R − 1 in blocks of ``size``, which divides the input's width: row i has at column n
+            the element ``(i, n % size)`` of n's block. R rotates the input of W alone, once it is scaled; at the
+            embedding it is as wide as the vectors. Less 1, because 16 bits hold a small rotation better that way.
+        turn: of what the base computes, its bias included.
+        sparse: an update of W of few values.
     """
 
     low_rank: LowRank | None = None
@@ -145,6 +203,9 @@ class SiteForms:
     bias: torch.Tensor | None = None
     prefix: GatedPrefix | None = None
     routed: RoutedLowRank | None = None
+    rotate_in: torch.Tensor | None = None
+    turn: Turn | None = None
+    sparse: Sparse | None = None
 
     @property
     def rank(self) -> int:
@@ -154,20 +215,27 @@ class SiteForms:
     def parts(self) -> dict[Part, torch.Tensor]:
         """The rows ``[count, width]`` of every part there is."""
         parts: dict[Part, torch.Tensor] = {}
-        if self.low_rank is not None:
-            parts |= {Part.A: self.low_rank.a, Part.B: self.low_rank.b.T}
+        for form in (self.low_rank, self.routed, self.prefix, self.turn, self.sparse, self.rows):
+            if form is not None:
+                parts |= form.parts()
         for part in (Part.GAIN_IN, Part.GAIN_OUT, Part.SHIFT, Part.WEIGHT, Part.BIAS):
             row = getattr(self, part)
             if row is not None:
                 parts[part] = row.unsqueeze(0)
-        if self.delta is not None:
-            parts[Part.DELTA] = self.delta
-        if self.rows is not None:
-            parts[Part.ROWS] = self.rows.vectors
-        for form in (self.prefix, self.routed):
-            if form is not None:
-                parts |= form.parts()
+        for part in (Part.ROTATE_IN, Part.DELTA):
+            rows = getattr(self, part)
+            if rows is not None:
+                parts[part] = rows
         return parts
+
+    def numbers(self) -> dict[Part, int]:
+        """What goes with a part and is no row: how many experts are chosen, how far pairs lie apart."""
+        numbers: dict[Part, int] = {}
+        if self.routed is not None:
+            numbers[Part.PROTOTYPES] = self.routed.top_k
+        if self.turn is not None:
+            numbers[Part.TURN] = self.turn.distance
+        return numbers
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -187,6 +255,9 @@ _NAMES = {
     "bias": "Replace",
     "prefix": "GatedPrefix",
     "routed": "RoutedLowRank",
+    "rotate_in": "Rotation",
+    "turn": "Turn",
+    "sparse": "Sparse",
 }
 
 

@@ -17,6 +17,9 @@ from weft.kernels.gated_prefix import gated_prefix
 from weft.kernels.grouped_affine import grouped_affine
 from weft.kernels.grouped_delta import grouped_delta
 from weft.kernels.grouped_lora import PackedWeights, grouped_lora, grouped_lora_packed, pack
+from weft.kernels.grouped_rotate import grouped_rotate
+from weft.kernels.grouped_sparse import grouped_sparse
+from weft.kernels.grouped_turn import grouped_turn
 from weft.kernels.groups import RowGroups
 from weft.kernels.routed_lora import routed_lora
 from weft.kernels.slot_rows import SlotRows
@@ -94,12 +97,15 @@ class LinearSite(_Site):
 
     def _input(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """What W is given: ``x``, or a copy of it where some row's adapter changes it."""
-        gain, values = self._active(Part.GAIN_IN, groups), self._active(Part.VALUES_IN, groups)
-        if gain is None and values is None:
-            return x
-        x = x.clone()
+        gain, rotation = self._active(Part.GAIN_IN, groups), self._active(Part.ROTATE_IN, groups)
+        values = self._active(Part.VALUES_IN, groups)
+        if gain is not None or values is not None:
+            x = x.clone()
         if gain is not None:
             grouped_affine(x, gain, None, groups)
+        if rotation is not None:
+            straight, x = x, x.clone()
+            grouped_rotate(x, straight, rotation, groups)
         if values is not None:
             self._add_prefix(x, values, groups)
         return x
@@ -110,6 +116,9 @@ class LinearSite(_Site):
         gated_prefix(to, query, keys, values, groups)
 
     def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> None:
+        turn = self._active(Part.TURN, groups)
+        if turn is not None:
+            grouped_turn(y, turn, self._pool.numbers(self._path, Part.TURN), groups)
         gain, shift = self._active(Part.GAIN_OUT, groups), self._active(Part.SHIFT, groups)
         if gain is not None or shift is not None:
             grouped_affine(y, gain, shift, groups)
@@ -123,10 +132,13 @@ class LinearSite(_Site):
         if prototypes is not None:
             a, b = self._active(Part.EXPERT_A, groups), self._active(Part.EXPERT_B, groups)
             assert a is not None and b is not None, "experts have both factors"
-            routed_lora(y, x, a, b, prototypes, self._pool.top_k(self._path), groups)
+            routed_lora(y, x, a, b, prototypes, self._pool.numbers(self._path, Part.PROTOTYPES), groups)
         delta = self._active(Part.DELTA, groups)
         if delta is not None:
             grouped_delta(y, x, delta, groups)
+        sparse = self._active(Part.SPARSE, groups)
+        if sparse is not None:
+            grouped_sparse(y, x, sparse, groups)
         values = self._active(Part.VALUES_OUT, groups)
         if values is not None:
             self._add_prefix(y, values, groups)
@@ -203,6 +215,9 @@ class EmbeddingSite(_Site):
 
     def _add_adapters(self, vectors: torch.Tensor, ids: torch.Tensor, groups: RowGroups) -> None:
         gain, a, b, own = (self._active(part, groups) for part in (Part.GAIN_OUT, Part.A, Part.B, Part.ROWS))
+        rotation = self._active(Part.ROTATE_IN, groups)
+        if rotation is not None:
+            grouped_rotate(vectors, vectors.clone(), rotation, groups)
         if gain is None and a is None and own is None:
             return
         grouped_affine(vectors, gain, None, groups)

@@ -30,12 +30,12 @@ class Layout:
     Attributes:
         rows: how many rows it has at each place; places without any are absent.
         ids: the tokens of ``Part.ROWS`` by path.
-        top_k: how many experts ``Part.PROTOTYPES`` chooses, by path.
+        numbers: what goes with a part and is no row; see ``SiteForms.numbers``.
     """
 
     rows: Mapping[Place, int]
     ids: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    top_k: Mapping[str, int] = field(default_factory=dict)
+    numbers: Mapping[Place, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapter: CompiledAdapter) -> Layout:
@@ -46,7 +46,8 @@ class Layout:
             if len(rows)
         }
         ids = {path: forms.rows.ids for path, forms in adapter.sites.items() if forms.rows}
-        return cls(counts, ids, {path: forms.routed.top_k for path, forms in adapter.sites.items() if forms.routed})
+        numbers = {(path, part): n for path, forms in adapter.sites.items() for part, n in forms.numbers().items()}
+        return cls(counts, ids, numbers)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class SlotPool:
         self.nbytes_total = ranks * per_rank
         self._tables: dict[Place, SlotRows] = {}
         self._ids: dict[tuple[str, int], torch.Tensor] = {}
-        self._top_k: dict[str, torch.Tensor] = {}
+        self._numbers: dict[Place, torch.Tensor] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._placed: dict[int, Placement] = {}
         self.generations = [0] * num_slots
@@ -177,10 +178,10 @@ class SlotPool:
             self._set(place, placement.slot, rows)
         for path, ids in placement.layout.ids.items():
             self._ids[path, placement.slot] = ids.to(self.device)
-        for path, top_k in placement.layout.top_k.items():
-            if path not in self._top_k:
-                self._top_k[path] = torch.zeros(self.num_slots, dtype=torch.int32, device=self.device)
-            self._top_k[path][placement.slot] = top_k
+        for place, number in placement.layout.numbers.items():
+            if place not in self._numbers:
+                self._numbers[place] = torch.zeros(self.num_slots, dtype=torch.int32, device=self.device)
+            self._numbers[place][placement.slot] = number
 
     def free(self, placement: Placement) -> None:
         """Give back a slot and its rows, published or not."""
@@ -206,9 +207,9 @@ class SlotPool:
         """int64 tokens of the rows that a slot has as ``Part.ROWS`` at a path, ascending."""
         return self._ids[path, slot]
 
-    def top_k(self, path: str) -> torch.Tensor:
-        """int32 ``[num_slots]``, how many experts ``Part.PROTOTYPES`` chooses at a path, for slots that have any."""
-        return self._top_k[path]
+    def numbers(self, path: str, part: Part) -> torch.Tensor:
+        """int32 ``[num_slots]``, the number that goes with a part at a path; of slots that have the part."""
+        return self._numbers[path, part]
 
     def _set(self, place: Place, slot: int, rows: list[int]) -> None:
         """Name the rows of a slot in the table of a place, which is there while some slot has rows."""
@@ -234,11 +235,11 @@ class SlotPool:
         path, part = place
         site = self._base.module(path)
         assert site is not None, f"{path} is not a module of the base that adapters attach to"
-        if part is Part.ROWS:  # as wide as the hidden state, which the head takes in and the embedding gives out
-            return site.out_features if site.kind == "embedding" else site.in_features
         if part in (Part.KEYS, Part.VALUES_IN, Part.VALUES_OUT):
             return self._base.kv_heads * self._base.head_dim
-        return site.in_features if part.of_input else site.out_features
+        if site.kind == "embedding" and part in (Part.ROWS, Part.ROTATE_IN):  # of the vectors it gives out
+            return site.out_features
+        return site.in_features if part.of_input or part is Part.ROWS else site.out_features
 
     def _need(self, layout: Layout) -> Counter[int]:
         """Rows by width."""

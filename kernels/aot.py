@@ -25,6 +25,9 @@ from weft.kernels.gated_prefix import triton as prefix
 from weft.kernels.grouped_affine import triton as affine
 from weft.kernels.grouped_delta import triton as delta
 from weft.kernels.grouped_lora import triton as lora
+from weft.kernels.grouped_rotate import triton as rotate
+from weft.kernels.grouped_sparse import triton as sparse
+from weft.kernels.grouped_turn import triton as turn
 from weft.kernels.paged_attention import triton as attention
 from weft.kernels.routed_lora import triton as routed
 
@@ -39,13 +42,15 @@ POINTERS = {
     **dict.fromkeys(("table", "counts", "ranks", "order", "tiles", "slots", "query_starts", "context_lens"), "*i32"),
     **dict.fromkeys(("gain_table", "gain_counts", "shift_table", "shift_counts", "page_table"), "*i32"),
     **dict.fromkeys(("key_table", "value_table", "top_k"), "*i32"),
+    "distances": "*i32",
+    "integers": "*i32",
     "slot_mapping": "*i64",
     "planes": "*fp32",
 }
 SCALARS = {"score_scale": "fp32", "softcap_scale": "fp32"}
 VALUES = (
     *("x", "a", "y", "b", "q", "k", "v", "k_cache", "v_cache", "out", "sinks", "gain", "shift", "delta"),
-    *("keys", "values", "prototypes"),
+    *("keys", "values", "prototypes", "rotation", "sparse", "turn"),
 )
 # Arguments that are multiples of 16 at the widths models have; the launch specializes on it.
 MULTIPLES = ("width", "split_width", "x_stride", "y_stride", "q_token_stride", "q_head_stride", "k_token_stride")
@@ -81,12 +86,15 @@ def variants() -> Iterator[Variant]:
         yield Variant(f"expand rank {rank} rows {rows}", lora.expand_kernel, dtype, expand)
     for dtype, rows in (("bf16", 16), ("bf16", 32), ("fp16", 16), ("fp32", 16)):
         yield Variant(f"delta rows {rows}", delta.delta_kernel, dtype, delta.delta_config(DTYPES[dtype], rows))
+        yield Variant(f"rotate rows {rows}", rotate.rotate_kernel, dtype, rotate.rotate_config(DTYPES[dtype], rows))
+        yield Variant(f"sparse rows {rows}", sparse.sparse_kernel, dtype, sparse.sparse_config(rows))
     for dtype, experts, rows in (("bf16", 16, 32), ("bf16", 64, 32), ("fp16", 8, 16), ("fp32", 64, 16)):
         config = routed.route_config(DTYPES[dtype], experts, rows)
         yield Variant(f"route experts {experts} rows {rows}", routed.route_kernel, dtype, config)
     for dtype in DTYPES:
         has = {"HAS_GAIN": True, "HAS_SHIFT": True}
         yield Variant("affine", affine.affine_kernel, dtype, affine.affine_config(DTYPES[dtype]) | has)
+        yield Variant("turn", turn.turn_kernel, dtype, turn.turn_config(DTYPES[dtype]))
     for dtype, group, width, rows in (
         ("bf16", 4, 128, 32),
         ("fp16", 1, 80, 16),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from weft.kernels.paged_attention import AttentionRows
 from weft.kernels.slot_rows import SlotRows
+from weft.kernels.sparse_rows import pack_rows
 
 # (relative, absolute) difference allowed between two implementations of one op on inputs of unit scale. A 16-bit result
 # may differ by one rounding of the result and one of an intermediate.
@@ -50,14 +51,36 @@ def random_rows(
 ) -> SlotRows:
     """Normal rows of size `scale`, `counts` of them per slot, in random places; every row not in use is NaN."""
     gen = torch.Generator().manual_seed(seed)
+    rows = [(torch.randn(count, width, generator=gen) * scale).to(dtype) for count in counts]
+    return placed_rows(rows, width, dtype, gen)
+
+
+def placed_rows(rows: Sequence[Tensor], width: int, dtype: torch.dtype, gen: torch.Generator) -> SlotRows:
+    """The rows of every slot, in random places; every row not in use is NaN."""
+    counts = [len(mine) for mine in rows]
     total = sum(counts)
     pool = torch.full((total + 2, width), float("nan"), dtype=dtype)
     places = torch.randperm(total + 2, generator=gen)
-    pool[places[:total]] = (torch.randn(total, width, generator=gen) * scale).to(dtype)
     table = torch.full((len(counts), max([*counts, 1])), int(places[-1]), dtype=torch.int32)
-    for slot, mine in enumerate(places[:total].split(list(counts))):
-        table[slot, : len(mine)] = mine.sort().values
+    for slot, (mine, at) in enumerate(zip(rows, places[:total].split(counts), strict=True)):
+        table[slot, : len(at)] = at.sort().values
+        pool[at.sort().values] = mine
     return SlotRows(pool, table, torch.tensor(counts, dtype=torch.int32), tuple(counts))
+
+
+def random_sparse(
+    densities: Sequence[float], width_in: int, width_out: int, dtype: torch.dtype, *, seed: int = 0
+) -> SlotRows:
+    """Sparse updates of these shares of values other than 0 by slot, none where it is 0; of unit scale."""
+    gen = torch.Generator().manual_seed(seed)
+    rows = []
+    for density in densities:
+        update = torch.randn(width_out, width_in, generator=gen) * max(1.0, density * width_in) ** -0.5
+        update *= torch.rand(width_out, width_in, generator=gen) < density
+        starts = torch.nn.functional.pad(update.count_nonzero(1).cumsum(0), (1, 0)).int()
+        values, columns = update[update != 0].to(dtype), update.nonzero()[:, 1].int()
+        rows.append(pack_rows(starts, columns, values, width_in) if density else values.new_zeros(0, width_in))
+    return placed_rows(rows, width_in, dtype, gen)
 
 
 def random_factors(

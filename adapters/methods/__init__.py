@@ -21,7 +21,7 @@ from weft.adapters.config_fields import show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
 from weft.adapters.files import DIFFERENCES, present
 from weft.adapters.forms import CompiledAdapter, Prompt, SiteForms
-from weft.adapters.methods.common import cast_forms, cast_prompt, take_base_copies
+from weft.adapters.methods.common import cast_forms, take_base_copies
 from weft.adapters.methods.differences import compile_differences
 from weft.adapters.methods.saved_modules import check_apart, take_saved_modules
 from weft.adapters.methods.unserved import check_served
@@ -61,6 +61,9 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "ADAPTION_PROMPT": "adaption_prompt",
         "ADAMSS": "adamss",
         "POLY": "poly",
+        "OFT": "oft",
+        "BOFT": "boft",
+        "ROAD": "road",
     }
 )
 """peft_type to the module of this package that serves it; imported when first used."""
@@ -137,7 +140,7 @@ def compile_adapter(
         version=version,
         method=peft_type,
         sites={path: cast_forms(form, dtype, path) for path, form in {**sites, **saved}.items()},
-        prompt=cast_prompt(prompt, dtype) if prompt else None,
+        prompt=cast_forms(prompt, dtype, "prompt_embeddings"),
         choices=tuple(checkpoint.per_request.choices.values()),
         invocation=checkpoint.per_request.invocation,
     )

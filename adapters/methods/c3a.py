@@ -10,7 +10,7 @@ from weft.adapters.config_fields import FieldTable
 from weft.adapters.errors import AdapterMismatch
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import check_dense, method_sites, site_tensor, take_biases
 from weft.adapters.methods.factors import refuse_conv1d
 from weft.adapters.methods.lora import with_biases
 from weft.adapters.methods.places import LINEAR_FIELDS, count_of_sites
@@ -26,6 +26,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``."""
     sites = method_sites(checkpoint, base, FIELDS, defaults.SPECTRAL)
     refuse_conv1d(sites, "C3A")
+    check_dense(base, sites)
     blocks = count_of_sites(checkpoint.config, "block_size", 256, sites, key_format=DOTTED_KEY)
     biases = take_biases(checkpoint, base, sites)
     forms = {site.path: SiteForms(delta=_circulant(checkpoint, site, blocks[site.path])) for site in sites}

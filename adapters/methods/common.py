@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
 from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint, is_finite
 from weft.adapters.config_fields import ConfigFields, FieldTable, show
-from weft.adapters.errors import AdapterFormatError, AdapterUnsupported, BaseWeightsNeeded
-from weft.adapters.forms import GatedPrefix, LowRank, PrefixKV, Prompt, RoutedLowRank, SiteForms, SoftPrompt, TokenRows
+from weft.adapters.errors import AdapterFormatError, AdapterTooLarge, AdapterUnsupported, BaseWeightsNeeded
 from weft.adapters.methods.targets import Selector, targeted_sites
+
+T = TypeVar("T")
 
 PREFIX = "base_model.model."
 """Before the module's path in every tensor name peft writes."""
@@ -68,52 +71,48 @@ def site_tensor(checkpoint: Checkpoint, site: Site, part: str, shape: tuple[int,
     return checkpoint.tensors.take(f"{PREFIX}{site.path}.{part}", shape).float()
 
 
-def cast_forms(forms: SiteForms, dtype: torch.dtype, path: str) -> SiteForms:
-    """The same forms in ``dtype``, contiguous.
+def check_memory(base: Base, numbers: int) -> None:
+    """Refuse an adapter of so many numbers before they are made, where it could never fit.
+
+    Few numbers of a file may stand for updates as large as the base. What an adapter takes in full is checked once it
+    is there; this spares the memory.
+
+    Raises:
+        AdapterTooLarge: saying what it would take.
+    """
+    needed = numbers * base.dtype.itemsize
+    if base.adapter_memory is not None and needed > base.adapter_memory:
+        raise AdapterTooLarge(
+            f"the adapter needs at least {needed} bytes of adapter memory, of {base.adapter_memory} there are; raise "
+            "--adapter-memory",
+            param="adapter_memory",
+        )
+
+
+def check_dense(base: Base, sites: Iterable[Site]) -> None:
+    """The same, of dense updates at these sites."""
+    check_memory(base, sum(site.in_features * site.out_features for site in sites))
+
+
+def cast_forms(forms: T, dtype: torch.dtype, name: str) -> T:
+    """The same forms, or prompt, or part of them, in ``dtype`` and contiguous; integers stay as they are.
+
+    Args:
+        name: what they are called in an error.
 
     Raises:
         AdapterFormatError: a value is beyond the range of ``dtype``.
     """
-
-    def cast(tensor: torch.Tensor | None, what: str) -> torch.Tensor | None:
-        return None if tensor is None else cast_finite(tensor, dtype, f"{path} ({what})")
-
-    low_rank = None
-    if forms.low_rank is not None:
-        a, b = cast(forms.low_rank.a, "A"), cast(forms.low_rank.b, "B")
-        assert a is not None and b is not None, "a low-rank form has both factors"
-        low_rank = LowRank(a, b)
-    names = ("gain_in", "gain_out", "shift", "delta", "weight", "bias")
-    others = {name: cast(getattr(forms, name), name) for name in names}
-    rows = None
-    if forms.rows is not None:
-        rows = TokenRows(forms.rows.ids, cast_finite(forms.rows.vectors, dtype, f"{path} (rows)"))
-    prefix = None
-    if forms.prefix is not None:
-        keys, values = cast(forms.prefix.keys, "keys"), cast(forms.prefix.values, "values")
-        assert keys is not None and values is not None, "a prefix has both"
-        prefix = GatedPrefix(keys, values, forms.prefix.projected)
-    routed = None
-    if forms.routed is not None:
-        a, b, prototypes = (cast(getattr(forms.routed, name), name) for name in ("a", "b", "prototypes"))
-        assert a is not None and b is not None and prototypes is not None, "a router has all three"
-        routed = RoutedLowRank(a, b, prototypes, forms.routed.top_k)
-    return SiteForms(low_rank, rows=rows, prefix=prefix, routed=routed, **others)
-
-
-def cast_prompt(prompt: Prompt, dtype: torch.dtype) -> Prompt:
-    """The same prompt in ``dtype``.
-
-    Raises:
-        AdapterFormatError: a value is beyond the range of ``dtype``.
-    """
-    if isinstance(prompt, SoftPrompt):
-        return SoftPrompt(cast_finite(prompt.embeddings, dtype, "prompt_embeddings"))
-    keys, values = (
-        tuple(cast_finite(tensor, dtype, "prompt_embeddings") for tensor in tensors)
-        for tensors in (prompt.keys, prompt.values)
-    )
-    return PrefixKV(keys, values, prompt.position_offset)
+    value: Any = forms
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        value = cast_finite(value, dtype, name)
+    elif isinstance(value, tuple):
+        value = tuple(cast_forms(item, dtype, name) for item in value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        own = {field.name: getattr(value, field.name) for field in fields(value)}
+        value = replace(value, **{part: cast_forms(item, dtype, f"{name} ({part})") for part, item in own.items()})
+    result: T = value
+    return result
 
 
 def take_biases(checkpoint: Checkpoint, base: Base, sites: Sequence[Site]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from weft.adapters.config_fields import show
 from weft.adapters.difference_file import read_difference_file
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported, BaseWeightsNeeded
 from weft.adapters.forms import SiteForms, TokenRows
+from weft.adapters.methods.places import sparse_update
 
 MAX_PLACES = (1 << 31) - 1
 """The reference counts places in 32 bits."""
@@ -59,7 +60,10 @@ def _with(form: SiteForms, site: Site, which: str, difference: torch.Tensor, bas
         return replace(form, shift=difference)
     if site.kind == "embedding":
         return replace(form, rows=_rows(site, difference, base, base.embedding_scale))
-    return replace(form, delta=difference.T if site.kind == "conv1d" else difference)
+    flat = (difference.T if site.kind == "conv1d" else difference).flatten()
+    places = flat.nonzero()[:, 0]
+    update = sparse_update(base, site, places, flat[places], f"{site.path}.weight")
+    return replace(form, delta=update.delta, sparse=update.sparse)
 
 
 def _rows(site: Site, difference: torch.Tensor, base: Base, scale: float) -> TokenRows:

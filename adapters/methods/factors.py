@@ -28,6 +28,11 @@ FAN_FIELD = FieldTable(
 )
 
 
+def numbers(rank: int, site: Site) -> int:
+    """What an update of this rank takes: its factors, or a dense matrix where that is smaller."""
+    return min(rank * (site.in_features + site.out_features), site.in_features * site.out_features)
+
+
 def pays(rank: int, site: Site) -> bool:
     """Whether factors of this rank take less than the update as a dense matrix."""
     return rank * (site.in_features + site.out_features) < site.in_features * site.out_features

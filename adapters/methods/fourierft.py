@@ -13,8 +13,8 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable
 from weft.adapters.forms import LowRank, SiteForms
-from weft.adapters.methods import defaults
-from weft.adapters.methods.common import method_sites, site_tensor, take_biases
+from weft.adapters.methods import defaults, factors
+from weft.adapters.methods.common import check_memory, method_sites, site_tensor, take_biases
 from weft.adapters.methods.lora import with_biases
 from weft.adapters.methods.places import SEEDS, TRANSPOSED_FIELDS, RandomPlaces, count_of_sites, scattered
 from weft.adapters.methods.targets import DOTTED_KEY, TARGET_FIELDS
@@ -30,6 +30,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     config = checkpoint.config
     sites = method_sites(checkpoint, base, FIELDS, defaults.SPECTRAL)
     counts = count_of_sites(config, "n_frequency", 1000, sites, key_format=DOTTED_KEY)
+    check_memory(base, sum(factors.numbers(2 * counts[site.path], site) for site in sites))
     scaling = config.number("scaling", 150.0)
     places = RandomPlaces(config.integer("random_loc_seed", 777, **SEEDS))
     biases = take_biases(checkpoint, base, sites)

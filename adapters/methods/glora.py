@@ -16,7 +16,7 @@ from weft.adapters.config_fields import ConfigFields, FieldTable, show
 from weft.adapters.errors import AdapterFormatError
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import PREFIX, method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import PREFIX, check_dense, method_sites, site_tensor, take_biases
 from weft.adapters.methods.factors import refuse_conv1d
 from weft.adapters.methods.lora import MAX_RANK, with_biases
 from weft.adapters.methods.places import LINEAR_FIELDS
@@ -49,6 +49,8 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
     refuse_conv1d(sites, "GLoRA")
     paths = _Paths.read(checkpoint.config)
+    if paths.a_b == "lora":
+        check_dense(base, sites)
     biases = take_biases(checkpoint, base, sites)
     # D scales the trained bias where there is one, so those of the sites are no mere difference to the base's.
     own = {site.path: biases.pop(site.path, base.bias(site)) for site in sites}

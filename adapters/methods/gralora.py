@@ -14,7 +14,7 @@ from weft.adapters.config_fields import ConfigFields, FieldTable
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults, factors
-from weft.adapters.methods.common import method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import check_memory, method_sites, site_tensor, take_biases
 from weft.adapters.methods.lora import with_biases
 
 FIELDS = (
@@ -67,6 +67,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``."""
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
     sizes = _Sizes.read(checkpoint.config, sites)
+    check_memory(base, sum(factors.numbers(sizes.blocks * sizes.rank + sizes.hybrid, site) for site in sites))
     biases = take_biases(checkpoint, base, sites)
     forms = {site.path: _update(checkpoint, site, sizes) for site in sites}
     return with_biases(forms, biases, base)

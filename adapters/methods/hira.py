@@ -7,7 +7,7 @@ from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults, factors
-from weft.adapters.methods.common import method_sites, site_tensor
+from weft.adapters.methods.common import check_dense, method_sites, site_tensor
 from weft.adapters.methods.targets import TARGET_FIELDS
 
 FIELDS = (
@@ -27,6 +27,7 @@ FIELDS = (
 def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``."""
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
+    check_dense(base, sites)
     rank = checkpoint.config.integer("r", 32, low=1, high=factors.MAX_RANK)
     forms = {}
     for site in sites:

@@ -9,7 +9,7 @@ from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults, factors
-from weft.adapters.methods.common import method_sites, site_tensor
+from weft.adapters.methods.common import check_memory, method_sites, site_tensor
 from weft.adapters.methods.targets import TARGET_FIELDS
 
 LYCORIS_FIELDS = factors.PRODUCT_FIELDS | FieldTable(
@@ -32,6 +32,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     factors.refuse_conv1d(sites, "LoHa")
     ranks = factors.site_ranks(checkpoint.config, sites, 8)
     alphas = factors.site_alphas(checkpoint.config, sites, 8)
+    check_memory(base, sum(factors.numbers(ranks[site.path] ** 2, site) for site in sites))
     return {
         site.path: _update(checkpoint, site, ranks[site.path], alphas[site.path] / ranks[site.path]) for site in sites
     }

@@ -11,7 +11,7 @@ from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults, factors, loha
-from weft.adapters.methods.common import method_sites, site_tensor
+from weft.adapters.methods.common import check_memory, method_sites, site_tensor
 
 FIELDS = loha.LYCORIS_FIELDS | FieldTable(
     honoured=("decompose_both", "decompose_factor"),
@@ -32,7 +32,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     alphas = factors.site_alphas(config, sites, 8)
     both = config.flag("decompose_both")
     near = config.integer("decompose_factor", -1, low=-(1 << 31), high=1 << 31)
-    forms = {}
+    forms, needed = {}, 0
     for site in sites:
         rank = ranks[site.path]
         rows, columns = _split(site.out_features, near), _split(site.in_features, near)
@@ -40,6 +40,8 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
         first = _pair(checkpoint, site, "lokr_w1", (rows[0], columns[0]), rank, whole=first_whole)
         second_whole = 2 * rank >= max(rows[1], columns[1])
         second = _pair(checkpoint, site, "lokr_w2", (rows[1], columns[1]), rank, whole=second_whole)
+        needed += factors.numbers(first[1].shape[0] * second[1].shape[0], site)
+        check_memory(base, needed)
         forms[site.path] = _update(first, second, alphas[site.path] / rank, site)
     return forms
 

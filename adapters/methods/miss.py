@@ -16,7 +16,7 @@ from weft.adapters.config_fields import ConfigFields, FieldTable, show
 from weft.adapters.errors import AdapterMismatch, AdapterUnsupported
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults, factors
-from weft.adapters.methods.common import COMMON_FIELDS, method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import COMMON_FIELDS, check_memory, method_sites, site_tensor, take_biases
 from weft.adapters.methods.lora import with_biases
 from weft.adapters.methods.targets import TARGET_FIELDS
 
@@ -36,6 +36,8 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     repeated = config.integer("mini_r", 1, low=0, high=1 << 31)
     variant = _variant(config)
     _check_widths(sites, rank, repeated, variant)
+    made = rank if variant == "std" else min(rank, repeated)
+    check_memory(base, sum(factors.numbers(site.in_features if variant == "bat" else made, site) for site in sites))
     biases = take_biases(checkpoint, base, sites)
     forms = {}
     for site in sites:

@@ -16,7 +16,8 @@ from weft.adapters.config_fields import ConfigFields, FieldTable, as_number, sho
 from weft.adapters.errors import AdapterFormatError
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import method_sites, site_tensor
+from weft.adapters.methods.cayley import cayley, cayley_series, skew_symmetric
+from weft.adapters.methods.common import check_memory, method_sites, site_tensor
 from weft.adapters.methods.factors import refuse_conv1d
 from weft.adapters.methods.places import LINEAR_FIELDS, SEEDS
 from weft.adapters.methods.targets import TARGET_FIELDS
@@ -75,9 +76,7 @@ class _Rotation:
         """R, ``[r, r]``."""
         if self.orthogonal:
             upper = site_tensor(checkpoint, site, "psoft_R.weight", (r * (r - 1) // 2,))
-            rows, columns = torch.triu_indices(r, r, 1)
-            skew = torch.zeros(r, r).index_put_((rows, columns), upper)
-            matrix = self._cayley(skew - skew.T)
+            matrix = self._cayley(skew_symmetric(upper, r))
         else:
             matrix = site_tensor(checkpoint, site, "psoft_R.weight", (r, r))
         if self.scales_output:
@@ -87,23 +86,13 @@ class _Rotation:
         return matrix
 
     def _cayley(self, skew: torch.Tensor) -> torch.Tensor:
-        """(1 + Q) (1 − Q)⁻¹, or 1 + 2 Q + 2 Q² + … with the last power once."""
-        one = torch.eye(len(skew))
+        """(1 + Q) (1 − Q)⁻¹, or its series."""
         if self.terms is None:
-            exact: torch.Tensor = torch.linalg.solve(one - skew, one + skew, left=False)
-            return exact
+            return cayley(-skew)
         norm = skew.norm()
         if self.largest is not None and norm > self.largest:
             skew = skew * (self.largest / (norm + 1e-12))
-        if self.terms == 1:
-            return one
-        if self.terms == 2:
-            return one + 2 * skew
-        # peft goes up to the third power with three terms already.
-        power, matrix = skew, one
-        for _ in range(1, max(3, self.terms - 1)):
-            matrix, power = matrix + 2 * power, power @ skew
-        return matrix + power
+        return cayley_series(skew, self.terms)
 
 
 def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
@@ -112,6 +101,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
     refuse_conv1d(sites, "PSOFT")
     rank = config.integer("r", 32, low=1, high=min(min(site.in_features, site.out_features) for site in sites))
+    check_memory(base, rank * sum(site.in_features + site.out_features for site in sites))
     if config.number("psoft_alpha", 32) <= 0:
         raise AdapterFormatError("psoft_alpha must be positive", param="psoft_alpha")
     symmetric = _choice(config, "ab_svd_init", ("psoft_init", "pissa_init")) == "pissa_init"

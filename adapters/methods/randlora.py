@@ -14,7 +14,7 @@ from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterMismatch
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults, factors
-from weft.adapters.methods.common import PREFIX, method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import PREFIX, check_dense, method_sites, site_tensor, take_biases
 from weft.adapters.methods.lora import with_biases
 
 FIELDS = (
@@ -43,6 +43,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``. Factors of full rank take more than the update itself: it is kept dense."""
     config = checkpoint.config
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
+    check_dense(base, sites)
     rank = config.integer("r", 32, low=1, high=factors.MAX_RANK)
     scale = config.number("randlora_alpha", 640) / rank
     biases = take_biases(checkpoint, base, sites)

@@ -10,7 +10,7 @@ from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import PREFIX, method_sites, site_tensor
 from weft.adapters.methods.factors import refuse_conv1d
-from weft.adapters.methods.places import LINEAR_FIELDS, scattered
+from weft.adapters.methods.places import LINEAR_FIELDS, sparse_update
 
 FIELDS = LINEAR_FIELDS | FieldTable(
     honoured=("r",),
@@ -28,10 +28,10 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     sites = method_sites(checkpoint, base, FIELDS, defaults.NARROW_PHI)
     refuse_conv1d(sites, "SHiRA")
     r = checkpoint.config.integer("r", 32, low=1, high=1 << 24)
-    return {site.path: _site_forms(checkpoint, site, r) for site in sites}
+    return {site.path: _site_forms(checkpoint, base, site, r) for site in sites}
 
 
-def _site_forms(checkpoint: Checkpoint, site: Site, r: int) -> SiteForms:
+def _site_forms(checkpoint: Checkpoint, base: Base, site: Site, r: int) -> SiteForms:
     # As many values as a LoRA of rank r, and no more than W has.
     as_integer("r", r, low=1, high=site.in_features * site.out_features // (site.in_features + site.out_features))
     count = r * (site.in_features + site.out_features)
@@ -40,4 +40,4 @@ def _site_forms(checkpoint: Checkpoint, site: Site, r: int) -> SiteForms:
     rows, columns = checkpoint.tensors.take(name, (2, count), integers=True)
     if bool((columns < 0).any()) or bool((columns >= site.in_features).any()):
         raise AdapterFormatError(f"{show(name)} has columns beyond {site.in_features}", param=name[:200])
-    return SiteForms(delta=scattered(site, rows * site.in_features + columns, values, name))
+    return sparse_update(base, site, rows * site.in_features + columns, values, name)

@@ -3,6 +3,8 @@ beside it ("Supra"), y += α / r · B (A x)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from weft.adapters.base import Base, Site
@@ -14,7 +16,7 @@ from weft.adapters.methods import defaults
 from weft.adapters.methods.common import PREFIX, method_sites, site_tensor
 from weft.adapters.methods.factors import refuse_conv1d
 from weft.adapters.methods.lora import MAX_RANK
-from weft.adapters.methods.places import LINEAR_FIELDS, scattered
+from weft.adapters.methods.places import LINEAR_FIELDS, sparse_update
 
 FIELDS = LINEAR_FIELDS | FieldTable(
     honoured=("sparsity", "select_top", "save_precomputed_indices", "r", "lora_alpha"),
@@ -44,8 +46,9 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
             places = checkpoint.tensors.take(name, (count,), integers=True)
         else:
             places = _extremes(base.weight(site), count, largest, site)
-        forms[site.path] = SiteForms(
-            _low_rank(checkpoint, site, rank, scale) if rank else None, delta=scattered(site, places, values, name)
+        forms[site.path] = replace(
+            sparse_update(base, site, places, values, name),
+            low_rank=_low_rank(checkpoint, site, rank, scale) if rank else None,
         )
     return forms
 

@@ -16,7 +16,7 @@ from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import PREFIX, method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import PREFIX, check_memory, method_sites, site_tensor, take_biases
 from weft.adapters.methods.lora import MAX_RANK, with_biases
 from weft.adapters.methods.places import TRANSPOSED_FIELDS
 
@@ -49,6 +49,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     length = config.integer("theta_d_length", 256, low=1, high=1 << 31)
     seed = config.integer("proj_seed", 42, low=0, high=(1 << 64) - 1)
     theta = checkpoint.tensors.take("base_model.unilora_theta_d", (length,)).float()
+    check_memory(base, rank * sum(site.in_features + site.out_features for site in sites))
     biases = take_biases(checkpoint, base, sites)
     if config.flag("save_indices"):
         forms = {site.path: _saved(checkpoint, site, rank, theta) for site in sites}

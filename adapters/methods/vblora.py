@@ -17,7 +17,7 @@ from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import COMMON_FIELDS, PREFIX, method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import COMMON_FIELDS, PREFIX, check_memory, method_sites, site_tensor, take_biases
 from weft.adapters.methods.lora import MAX_RANK, with_biases
 from weft.adapters.methods.targets import TARGET_FIELDS
 
@@ -93,6 +93,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     sites = method_sites(checkpoint, base, FIELDS, defaults.ADALORA)
     rank = checkpoint.config.integer("r", 4, low=1, high=MAX_RANK)
     bank = _Bank.read(checkpoint, sites)
+    check_memory(base, rank * sum(site.in_features + site.out_features for site in sites))
     biases = take_biases(checkpoint, base, sites)
     length = bank.vectors.shape[1]
     forms = {}

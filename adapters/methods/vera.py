@@ -14,7 +14,7 @@ from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults, factors
-from weft.adapters.methods.common import method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import check_memory, method_sites, site_tensor, take_biases
 from weft.adapters.methods.lora import with_biases
 
 SHARED_FIELDS = (
@@ -55,6 +55,7 @@ def compile_shared(
     """
     sites = method_sites(checkpoint, base, fields, defaults.NARROW_PHI)
     rank = checkpoint.config.integer("r", 256, low=1, high=factors.MAX_RANK)
+    check_memory(base, sum(factors.numbers(rank, site) for site in sites))
     biases = take_biases(checkpoint, base, sites)
     shared_a, shared_b = _projections(checkpoint, base, sites, name, rank, parts * rank)
     forms: Mapping[str, SiteForms] = {

@@ -17,9 +17,16 @@ from weft.adapters.config_fields import ConfigFields, FieldTable, as_integer, sh
 from weft.adapters.errors import AdapterUnsupported
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import check_dense, method_sites, site_tensor, take_biases
 from weft.adapters.methods.lora import with_biases
-from weft.adapters.methods.places import SEEDS, TRANSPOSED_FIELDS, RandomPlaces, count_of_sites, scattered
+from weft.adapters.methods.places import (
+    SEEDS,
+    TRANSPOSED_FIELDS,
+    RandomPlaces,
+    count_of_sites,
+    scattered,
+    sparse_update,
+)
 from weft.adapters.methods.targets import TARGET_FIELDS
 from weft.adapters.methods.wavelets import FAMILIES, synthesis_filters
 
@@ -47,13 +54,19 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     scaling = config.number("scaling", 25.0)
     places = RandomPlaces(config.integer("random_loc_seed", 777, **SEEDS))
     filters = _filters(config)
+    if filters is not None:
+        check_dense(base, sites)
     biases = take_biases(checkpoint, base, sites)
     forms = {}
     for site in sites:
         count = counts[site.path]
         spectrum = site_tensor(checkpoint, site, "waveft_spectrum", (count,)) * scaling
-        values = scattered(site, places.of(site, count), spectrum, "waveft_spectrum")
-        forms[site.path] = SiteForms(delta=values if filters is None else _synthesis(values, filters))
+        drawn = places.of(site, count)
+        if filters is None:
+            forms[site.path] = sparse_update(base, site, drawn, spectrum, "waveft_spectrum")
+        else:
+            values = scattered(site, drawn, spectrum, "waveft_spectrum")
+            forms[site.path] = SiteForms(delta=_synthesis(values, filters))
     return with_biases(forms, biases, base)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -79,6 +79,7 @@ def _load(config: EngineConfig, progress: Progress) -> Loaded:
     cache = KVCache(shapes, num_blocks=num_blocks, block_size=config.block_size, dtype=model.dtype, device=device)
     base = Base.of(model)
     pool = _slot_pool(config, base, model.dtype, device)
+    base = replace(base, adapter_memory=pool.nbytes_total)
     runner = ModelRunner(model, cache, attach_sites(model, base, pool), device)
     selfcheck.verify(runner, reference, limit)
 

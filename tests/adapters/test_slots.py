@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import settings
@@ -10,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from weft.adapters.base import Base, Site
 from weft.adapters.errors import AdapterTooLarge
-from weft.adapters.forms import CompiledAdapter, LowRank, Part, SiteForms
+from weft.adapters.forms import CompiledAdapter, LowRank, Part, SiteForms, Sparse, Turn
 from weft.adapters.slots import Layout, Placement, SlotPool
+from weft.kernels.sparse_rows import unpack_rows
 
 WIDTHS = {"a.q": (12, 20), "a.k": (12, 8), "b.q": (12, 20), "b.o": (20, 12)}
 BASE = Base(
@@ -36,7 +39,12 @@ def make_adapter(ranks: dict[str, int], vectors: frozenset[tuple[str, Part]] = f
         low_rank = LowRank(torch.randn(rank, widths[0]), torch.randn(widths[1], rank)) if rank else None
         rows = {part: torch.randn(widths[VECTORS[part]]) for where, part in vectors if where == path}
         delta = torch.randn(widths[1], widths[0]) if rank > 20 else None
-        sites[path] = SiteForms(low_rank, delta=delta, **rows)
+        rotation = torch.randn(4, widths[0]) if rank > 25 else None
+        turn = Turn(torch.randn(2, widths[1]), widths[1] // (2 + rank % 2 * 2)) if 5 < rank < 15 else None
+        ends = torch.arange(widths[1] + 1, dtype=torch.int32)
+        columns = torch.arange(widths[1], dtype=torch.int32) % widths[0]
+        sparse = Sparse(ends, columns, torch.randn(widths[1]), widths[0]) if rank in (22, 7, 29) else None
+        sites[path] = SiteForms(low_rank, delta=delta, rotate_in=rotation, turn=turn, sparse=sparse, **rows)
     return CompiledAdapter("v", "LORA", sites)
 
 
@@ -83,8 +91,13 @@ class SlotPoolMachine(RuleBasedStateMachine):
                 count = 0 if expected is None else len(expected)
                 assert count == (0 if rows is None else rows.host_counts[slot])
                 if rows is not None and expected is not None:
-                    assert count == rows.counts[slot] and rows.of(slot).equal(expected)
+                    assert count == rows.counts[slot] and rows.of(slot).view(torch.int32).equal(
+                        expected.view(torch.int32)
+                    )
             assert rows is None or any(rows.host_counts), "a table nobody needs"
+        for slot, adapter in here.items():
+            for path, forms in adapter.sites.items():
+                assert forms.turn is None or self.pool.numbers(path, Part.TURN)[slot] == forms.turn.distance
 
 
 SlotPoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
@@ -128,6 +141,25 @@ def test_an_adapter_that_never_fits_is_refused_by_the_setting_to_raise() -> None
 def test_memory_below_one_rank_per_site_is_an_error() -> None:
     with pytest.raises(ValueError, match="below the least useful"):
         SlotPool(BASE, num_slots=1, memory=100, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_integers_among_the_rows_keep_every_bit(dtype: torch.dtype) -> None:
+    """Some columns are signalling NaNs in 16 bits."""
+    columns = torch.tensor([0, 1, 0x7C01, 0x7F81, 0x7FC1, 0xFF81], dtype=torch.int32)
+    base = replace(BASE, sites={"a": Site("a", "linear", 1 << 16, 2, False)})
+    pool = SlotPool(base, num_slots=1, memory=1 << 22, dtype=dtype, device=torch.device("cpu"))
+    values = torch.randn(6).to(dtype)
+    update = Sparse(torch.tensor([0, 2, 6], dtype=torch.int32), columns, values, 1 << 16)
+    adapter = CompiledAdapter("v", "SHIRA", {"a": SiteForms(sparse=update)})
+    placement = pool.reserve(Layout.of(adapter))
+    assert placement is not None
+    pool.upload(placement, adapter)
+    pool.publish(placement)
+    rows = pool.rows("a", Part.SPARSE)
+    assert rows is not None
+    for found, put in zip(unpack_rows(rows.of(0), 2), (update.starts, columns, values), strict=True):
+        assert found.equal(put)
 
 
 def test_generations_tell_two_contents_of_one_slot_apart() -> None:

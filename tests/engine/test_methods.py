@@ -39,7 +39,7 @@ def everything(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"max_num_batched_tokens": 256, "block_size": 8}], ids=["whole prompts", "chunked prefill"]
+    "settings", [{}, {"max_num_batched_tokens": 512, "block_size": 8}], ids=["whole prompts", "chunked prefill"]
 )
 def test_all_methods_in_one_batch_equal_peft(settings: dict, everything: Zoo) -> None:
     count = len(everything.adapters) + 1

@@ -18,7 +18,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_kernel_compiles(target: str) -> None:
     result = run("--target", target)
     assert result.returncode == 0, result.stdout + result.stderr
-    for kernel in ("shrink", "expand", "delta", "affine", "attention", "write_kv", "prefix", "route"):
+    kernels = ("shrink", "expand", "delta", "rotate", "sparse", "affine", "turn", "attention", "write_kv")
+    for kernel in (*kernels, "prefix", "route"):
         assert f"{target:8}" in result.stdout and kernel in result.stdout
 
 

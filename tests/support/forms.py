@@ -75,11 +75,16 @@ def _hook(forms: SiteForms, queries: list[torch.Tensor]) -> Any:
             twin = deepcopy(module)
             twin._forward_hooks.clear()  # this very hook is among them
             output = functional_call(twin, own, (x,))
-        if forms.gain_in is not None:
-            output = type(module).forward(module, x * forms.gain_in)
+        if forms.gain_in is not None or forms.rotate_in is not None:
+            scaled = x if forms.gain_in is None else x * forms.gain_in
+            output = type(module).forward(module, _rotated(scaled, forms.rotate_in))
         if forms.prefix is not None:
             found = _found(forms.prefix, queries[0])
             output = type(module).forward(module, x + found) if forms.prefix.projected else output + found
+        if forms.turn is not None:
+            halves = output.unflatten(-1, (-1, 2, forms.turn.distance))
+            own, other = forms.turn.rows
+            output = (1 + own) * output + other * halves.flip(-2).flatten(-3)
         if forms.gain_out is not None:
             output = output * forms.gain_out
         if forms.shift is not None:
@@ -90,6 +95,11 @@ def _hook(forms: SiteForms, queries: list[torch.Tensor]) -> Any:
             output = output + _routed(forms.routed, x)
         if forms.delta is not None:
             output = output + x @ forms.delta.T
+        if forms.sparse is not None:
+            sparse, outputs = forms.sparse, torch.arange(output.shape[-1])
+            update = torch.zeros(output.shape[-1], x.shape[-1])
+            places = outputs.repeat_interleave(sparse.starts.diff()), sparse.columns.long()
+            output = output + x @ update.index_put_(places, sparse.values, accumulate=True).T
         if forms.rows is not None:
             output[..., forms.rows.ids] = x @ forms.rows.vectors.T
         return output
@@ -97,7 +107,12 @@ def _hook(forms: SiteForms, queries: list[torch.Tensor]) -> Any:
     return add
 
 
+def _rotated(x: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+    return x if rotation is None else x + x @ torch.block_diag(*rotation.split(rotation.shape[0], dim=1))
+
+
 def _embedded(forms: SiteForms, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    output = _rotated(output, forms.rotate_in)
     if forms.gain_out is not None:
         output = output * forms.gain_out
     if forms.low_rank is not None:
