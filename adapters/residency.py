@@ -117,10 +117,11 @@ class Residency:
         """
         with self._lock:
             needed = derivation.parents if derivation else (version,)
-            if any(name not in self._entries or name in self._doomed for name in needed):
+            entries = [self._entries[name] for name in needed if name in self._entries and name not in self._doomed]
+            folders = tuple(entry.folder for entry in entries if entry.folder is not None)
+            if len(folders) < len(needed):
                 return False
             if derivation is not None and version not in self._entries:
-                folders = tuple(folder for name in needed if (folder := self._entries[name].folder) is not None)
                 self._entries[version] = Entry(version, partial(derivation.make, folders), parents=needed)
                 self._derived.add(version)
             self._entries[version].holds += 1
@@ -195,7 +196,7 @@ class Residency:
         """Doomed adapters that nothing needs; derived ones that no request needs, once they lost their slot."""
         parents = {parent for version in self._derived for parent in self._entries[version].parents}
         found = []
-        for version in (*self._derived, *self._doomed):
+        for version in self._derived | self._doomed:
             entry = self._entries[version]
             if entry.holds or version in parents or entry.tier == "loading":  # its pages may be being written
                 continue

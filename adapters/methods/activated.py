@@ -11,6 +11,9 @@ from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUns
 MAX_INVOCATION = 256
 """Tokens: every prompt is searched for them."""
 
+OTHER_VARIANTS = ("use_dora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config")
+"""Fields of peft's other variants of LoRA, none of which it combines with this one."""
+
 
 def invocation_tokens(config: ConfigFields, sites: Sequence[Site], base: Base) -> tuple[int, ...]:
     """``alora_invocation_tokens``; empty for a LoRA that works from the first token on, as in peft.
@@ -34,9 +37,12 @@ def invocation_tokens(config: ConfigFields, sites: Sequence[Site], base: Base) -
             f"alora_invocation_tokens has {show(wrong)}, outside the vocabulary of {base.embedding.in_features}",
             param="alora_invocation_tokens",
         )
-    if config.flag("use_dora") or base.embedding in sites:
+    others = [name for name in OTHER_VARIANTS if config.value(name, None)]
+    others += ["init_lora_weights='mica'"] if config.value("init_lora_weights", True) == "mica" else []
+    others += ["an adapted embedding"] if base.embedding in sites else []
+    if others:
         raise AdapterUnsupported(
-            "alora_invocation_tokens with use_dora or an adapted embedding is not defined, nor does peft make it",
+            f"alora_invocation_tokens with {others[0]} is not defined, nor does peft make it",
             param="alora_invocation_tokens",
         )
     always = [name for name in ("modules_to_save", "trainable_token_indices") if config.value(name, None)]

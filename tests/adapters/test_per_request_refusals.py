@@ -123,7 +123,9 @@ def test_pefts_poly_has_no_conv1d(tiny_base: Callable[[str], TinyBase], made: Ca
     assert isinstance(refused, AdapterUnsupported) and refused.param == "target_modules"
 
 
-@pytest.mark.parametrize("fields", [{"use_dora": True}, {"target_modules": ["embed_tokens"]}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"use_dora": True}, {"init_lora_weights": "mica"}, {"target_modules": ["embed_tokens"]}], ids=str
+)
 def test_what_peft_does_not_activate(fields: dict, llama: TinyBase, made: Callable[..., Path]) -> None:
     refused = refusal(made("alora", **fields), llama)
     assert isinstance(refused, AdapterUnsupported) and refused.param == "alora_invocation_tokens"
