@@ -24,6 +24,8 @@ from weft.kernels.groups import RowGroups
 from weft.kernels.routed_lora import routed_lora
 from weft.kernels.slot_rows import SlotRows
 
+LOW_RANK = frozenset({Part.A, Part.B})
+
 
 @dataclass
 class ActiveRows:
@@ -91,7 +93,12 @@ class LinearSite(_Site):
             result: torch.Tensor = self.linear(x)
             return result
         rows = x.reshape(-1, x.shape[-1])
-        y: torch.Tensor = self.linear(self._input(rows, groups).view_as(x))
+        y: torch.Tensor
+        if self._pool.parts(self._path) <= LOW_RANK:  # what most adapters are: no need to look for the rest
+            y = self.linear(x)
+            self._add_low_rank(y.view(-1, y.shape[-1]), rows, groups)
+            return y
+        y = self.linear(self._input(rows, groups).view_as(x))
         self._add_adapters(y.view(-1, y.shape[-1]), rows, groups)
         return y
 
@@ -122,12 +129,7 @@ class LinearSite(_Site):
         gain, shift = self._active(Part.GAIN_OUT, groups), self._active(Part.SHIFT, groups)
         if gain is not None or shift is not None:
             grouped_affine(y, gain, shift, groups)
-        a, b = self._active(Part.A, groups), self._active(Part.B, groups)
-        if a is not None and b is not None:
-            if backend(y) == "triton":
-                grouped_lora(y, x, a, b, groups)
-            else:
-                grouped_lora_packed(y, x, self._packed_for(a, b, groups), groups)
+        self._add_low_rank(y, x, groups)
         prototypes = self._active(Part.PROTOTYPES, groups)
         if prototypes is not None:
             a, b = self._active(Part.EXPERT_A, groups), self._active(Part.EXPERT_B, groups)
@@ -148,6 +150,14 @@ class LinearSite(_Site):
                 if own.host_counts[slot]:
                     index = groups.order[start:stop].long()
                     y[index[:, None], self._pool.ids(self._path, slot)] = x[index] @ own.of(slot).T
+
+    def _add_low_rank(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> None:
+        a, b = self._active(Part.A, groups), self._active(Part.B, groups)
+        if a is not None and b is not None:
+            if backend(y) == "triton":
+                grouped_lora(y, x, a, b, groups)
+            else:
+                grouped_lora_packed(y, x, self._packed_for(a, b, groups), groups)
 
     def _packed_for(self, a: SlotRows, b: SlotRows, groups: RowGroups) -> PackedWeights:
         """The active slots' factors side by side, kept while neither the slots nor their content change."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,8 @@ from weft.kernels.slot_rows import SlotRows
 
 Place = tuple[str, Part]
 """A site's path and a part of an adapter there."""
+
+NO_PARTS: frozenset[Part] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class SlotPool:
         self._pools = {width: _Pool(width, count, dtype, device) for width, count in self.capacity.items()}
         self.nbytes_total = ranks * per_rank
         self._tables: dict[Place, SlotRows] = {}
+        self._parts: dict[str, set[Part]] = {}
         self._ids: dict[tuple[str, int], torch.Tensor] = {}
         self._numbers: dict[Place, torch.Tensor] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
@@ -203,6 +207,10 @@ class SlotPool:
         """The rows of every slot at one place, for the kernels; None while no slot has any."""
         return self._tables.get((path, part))
 
+    def parts(self, path: str) -> AbstractSet[Part]:
+        """The parts that some slot has rows of at a path: one look instead of many."""
+        return self._parts.get(path, NO_PARTS)
+
     def ids(self, path: str, slot: int) -> torch.Tensor:
         """int64 tokens of the rows that a slot has as ``Part.ROWS`` at a path, ascending."""
         return self._ids[path, slot]
@@ -218,6 +226,7 @@ class SlotPool:
         counts[slot] = len(rows)
         if not any(counts):
             self._tables.pop(place, None)
+            self._parts.get(place[0], set()).discard(place[1])
             return
         if old is None:
             table = torch.zeros(self.num_slots, len(rows), dtype=torch.int32, device=self.device)
@@ -229,6 +238,7 @@ class SlotPool:
         table[slot, : len(rows)] = torch.tensor(rows, dtype=torch.int32).to(self.device)
         device_counts[slot] = len(rows)
         pool = self._pools[self._width(place)].rows
+        self._parts.setdefault(place[0], set()).add(place[1])
         self._tables[place] = SlotRows(pool, table, device_counts, tuple(counts))
 
     def _width(self, place: Place) -> int:

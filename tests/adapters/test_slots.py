@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from weft.adapters.base import Base, Site
 from weft.adapters.errors import AdapterTooLarge
-from weft.adapters.forms import CompiledAdapter, LowRank, Part, SiteForms, Sparse, Turn
+from weft.adapters.forms import CompiledAdapter, GatedPrefix, LowRank, Part, RoutedLowRank, SiteForms, Sparse, Turn
 from weft.adapters.slots import Layout, Placement, SlotPool
 from weft.kernels.sparse_rows import unpack_rows
 
@@ -23,6 +23,8 @@ BASE = Base(
     {path: Site(path, "linear", w_in, w_out, False) for path, (w_in, w_out) in WIDTHS.items()},
     tuple(WIDTHS),
     torch.float32,
+    kv_heads=2,
+    head_dim=4,
 )
 RANK_BYTES = sum(sum(widths) for widths in WIDTHS.values()) * 4
 
@@ -44,7 +46,12 @@ def make_adapter(ranks: dict[str, int], vectors: frozenset[tuple[str, Part]] = f
         ends = torch.arange(widths[1] + 1, dtype=torch.int32)
         columns = torch.arange(widths[1], dtype=torch.int32) % widths[0]
         sparse = Sparse(ends, columns, torch.randn(widths[1]), widths[0]) if rank in (22, 7, 29) else None
-        sites[path] = SiteForms(low_rank, delta=delta, rotate_in=rotation, turn=turn, sparse=sparse, **rows)
+        prefix = GatedPrefix(torch.randn(rank, 8), torch.randn(rank, 8), rank % 2 == 0) if 6 <= rank <= 10 else None
+        routed = None
+        if low_rank is not None and 11 <= rank <= 17:
+            routed = RoutedLowRank(low_rank.a, low_rank.b, torch.randn(rank // 5, widths[0]), rank // 5)
+        more = {"rotate_in": rotation, "turn": turn, "sparse": sparse, "prefix": prefix, "routed": routed}
+        sites[path] = SiteForms(low_rank, delta=delta, **more, **rows)
     return CompiledAdapter("v", "LORA", sites)
 
 
@@ -95,9 +102,11 @@ class SlotPoolMachine(RuleBasedStateMachine):
                         expected.view(torch.int32)
                     )
             assert rows is None or any(rows.host_counts), "a table nobody needs"
+            assert (rows is not None) == (part in self.pool.parts(path))
         for slot, adapter in here.items():
             for path, forms in adapter.sites.items():
-                assert forms.turn is None or self.pool.numbers(path, Part.TURN)[slot] == forms.turn.distance
+                for part, number in forms.numbers().items():
+                    assert self.pool.numbers(path, part)[slot] == number
 
 
 SlotPoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
