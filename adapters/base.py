@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -34,6 +35,37 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Sublayer:
+    """A half of a layer: its norm is given the residual stream, to which its output is added.
+
+    Attributes:
+        path: of the module between the two, e.g. ``model.layers.0.mlp``.
+        norm: path of the norm.
+        layer: number of the layer.
+        attention: it is the attention; else the feed-forward network.
+    """
+
+    path: str
+    norm: str
+    layer: int
+    attention: bool
+
+
+_LLAMA = MappingProxyType({"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"})
+SUBLAYERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "llama": _LLAMA,
+        "mistral": _LLAMA,
+        "qwen2": _LLAMA,
+        "qwen3": _LLAMA,
+        "gpt2": MappingProxyType({"attn": "ln_1", "mlp": "ln_2"}),
+    }
+)
+"""Attention and feed-forward network, each with its norm, by model type: where both are added to the residual stream as
+they are, one after the other."""
+
+
+@dataclass(frozen=True)
 class Base:
     """The base model as seen by a loader.
 
@@ -42,6 +74,7 @@ class Base:
         num_layers: ``config.num_hidden_layers``.
         sites: linear modules by path, in the order of ``named_modules()``.
         norms: likewise, modules that have a weight, and perhaps a bias, for each element of what they normalise.
+        sublayers: by path, in the order they run; empty for architectures that are not known to have such.
         module_paths: every module's path, to tell "not a linear" from "not there".
         dtype: of the base's weights.
         hidden_size: width of the embeddings.
@@ -60,6 +93,7 @@ class Base:
     module_paths: tuple[str, ...]
     dtype: torch.dtype
     norms: Mapping[str, Site] = field(default_factory=dict)
+    sublayers: Mapping[str, Sublayer] = field(default_factory=dict)
     hidden_size: int = 0
     kv_heads: int = 0
     head_dim: int = 0
@@ -94,6 +128,7 @@ class Base:
             module_paths=tuple(path for path, _ in model.named_modules()),
             dtype=model.dtype,
             norms=norms,
+            sublayers=_sublayers(model),
             hidden_size=config.hidden_size,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -132,6 +167,18 @@ class Base:
         if parameter.is_meta:
             raise BaseWeightsNeeded(f"the adapter can only be read beside the base's weights ({name})")
         return parameter.cpu()
+
+
+def _sublayers(model: PreTrainedModel) -> dict[str, Sublayer]:
+    """The halves of every layer; layers are named by their number (``model.layers.0``, ``transformer.h.0``)."""
+    found = {}
+    for path, _ in model.named_modules():
+        layer, _, name = path.rpartition(".")
+        norms = SUBLAYERS.get(model.config.model_type, {})
+        number = layer.rpartition(".")[2]
+        if name in norms and number.isdecimal():
+            found[path] = Sublayer(path, f"{layer}.{norms[name]}", int(number), name != "mlp")
+    return found
 
 
 def _norm_width(module: nn.Module) -> int | None:

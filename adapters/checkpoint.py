@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from weft.adapters.choices import Choice
 from weft.adapters.config_fields import ConfigFields, parse_config, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch
-from weft.adapters.files import CONFIG, FILES, ROUTER, WEIGHTS, members, open_regular, present
+from weft.adapters.files import CONFIG, HUB_WEIGHTS, ROUTER, WEIGHTS, members, open_regular, present, size_limit
+from weft.adapters.pickled import PickledTensors
 
 MAX_TENSORS = 1 << 16
 MAX_DIMENSION = 1 << 31
@@ -23,17 +25,19 @@ INTEGER_DTYPES = ("U8", "I16", "I32", "I64")
 
 
 class Tensors:
-    """The tensors of a safetensors file, by name; remembers which were taken."""
+    """The tensors of a safetensors file or of a pickle (``.bin``), by name; remembers which were taken."""
 
     def __init__(self, path: Path) -> None:
         """Raises AdapterFormatError if the file cannot be read, or a tensor is a scalar or of another dtype."""
         try:
-            self._file = safe_open(path, framework="pt")
-            names = list(self._file.keys())  # type: ignore[no-untyped-call]
+            self._file: Any = PickledTensors(path) if path.suffix == ".bin" else safe_open(path, framework="pt")
+            names = list(self._file.keys())
         except (SafetensorError, OSError, ValueError) as error:
-            raise AdapterFormatError(f"{WEIGHTS} cannot be read: {show(str(error))}", param=WEIGHTS) from error
+            raise AdapterFormatError(f"{path.name} cannot be read: {show(str(error))}", param=path.name) from error
         if len(names) > MAX_TENSORS:
-            raise AdapterFormatError(f"{WEIGHTS} holds {len(names)} tensors; the limit is {MAX_TENSORS}", param=WEIGHTS)
+            raise AdapterFormatError(
+                f"{path.name} holds {len(names)} tensors; the limit is {MAX_TENSORS}", param=path.name
+            )
         self.shapes = {name: self._check_header(name) for name in names}
         self._left = dict.fromkeys(names)
 
@@ -67,7 +71,7 @@ class Tensors:
                 f"{show(name)} has shape {list(self.shapes[name])}: nothing in it", param=name[:200]
             )
         self._left.pop(name, None)
-        tensor: torch.Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
+        tensor: torch.Tensor = self._file.get_tensor(name)
         if integers:
             return _whole(tensor, name)
         if not tensor.is_floating_point():
@@ -85,7 +89,7 @@ class Tensors:
             raise AdapterMismatch(f"{len(self._left)} tensors have no place: {names}", param=self.left[0][:200])
 
     def _check_header(self, name: str) -> tuple[int, ...]:
-        header = self._file.get_slice(name)  # type: ignore[no-untyped-call]
+        header = self._file.get_slice(name)
         dtype, shape = header.get_dtype(), tuple(header.get_shape())
         if dtype not in DTYPES + INTEGER_DTYPES:
             raise AdapterFormatError(
@@ -170,17 +174,29 @@ def read_checkpoint(folder: Path, chosen: Mapping[str, int] | None = None) -> Ch
     """
     names = members(folder)
     if not names:
-        return _read(folder, PerRequest(chosen or {}))
+        return replace(_read(folder), per_request=PerRequest(chosen or {}))
     router = _read(folder / ROUTER)
     return replace(router, members={name: _read(folder / name) for name in names if name != ROUTER})
 
 
-def _read(folder: Path, per_request: PerRequest | None = None) -> Checkpoint:
-    present(folder)
-    with open_regular(folder, CONFIG) as file:
-        config = parse_config(file.read(FILES[CONFIG]))
-    with open_regular(folder, WEIGHTS) as file:
+def _read(folder: Path) -> Checkpoint:
+    weights = [name for name in present(folder) if name in (WEIGHTS, *HUB_WEIGHTS)]
+    if len(weights) != 1:
+        raise AdapterFormatError(f"the folder holds weights twice: {', '.join(weights)}", param=weights[0])
+    return open_checkpoint(folder, CONFIG, weights[0])
+
+
+def open_checkpoint(folder: Path, config: str, weights: str) -> Checkpoint:
+    """Open two files as a config and its tensors; see ``read_checkpoint``."""
+    with open_regular(folder, config) as file:
+        fields = parse_config(file.read(size_limit(config)))
+    return Checkpoint(fields, open_tensors(folder, weights))
+
+
+def open_tensors(folder: Path, name: str) -> Tensors:
+    """Open one file of tensors; see ``read_checkpoint``."""
+    with open_regular(folder, name) as file:
         header_bytes = int.from_bytes(file.read(8), "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise AdapterFormatError(f"{WEIGHTS} has a header of {header_bytes} bytes", param=WEIGHTS)
-    return Checkpoint(config, Tensors(folder / WEIGHTS), per_request=per_request or PerRequest())
+    if name.endswith(".safetensors") and header_bytes > MAX_HEADER_BYTES:
+        raise AdapterFormatError(f"{name} has a header of {header_bytes} bytes", param=name)
+    return Tensors(folder / name)

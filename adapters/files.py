@@ -1,4 +1,8 @@
-"""The files that make an adapter, and how they are opened: regular files of bounded size, no symbolic links."""
+"""The files that make an adapter, and how they are opened: regular files of bounded size, no symbolic links.
+
+An adapter is a flat folder. Only a fusion (AdapterHub's ``save_adapter_setup``) has sub-folders, one for each member
+and one for what fuses them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
@@ -18,11 +22,22 @@ WEIGHTS = "adapter_model.safetensors"
 DIFFERENCES = "pytorch_diff.bin"
 """Sparse differences from the base's parameters, as LT-SFT saves them: an adapter by itself, without a config."""
 
+HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
+"""What the AdapterHub library writes instead; the pickle is all it can write for some methods."""
+HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
+INTERFACE = "adapter_interface.json"
+SETUP = "adapter_setup.json"
+FUSION_CONFIG = "adapter_fusion_config.json"
+FUSION_WEIGHTS = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")
+
+MAX_FOLDERS = 128
+
 FILES: Mapping[str, int] = MappingProxyType(
     {
         CONFIG: 8 << 20,
-        WEIGHTS: 16 << 30,
         DIFFERENCES: 1 << 30,
+        **dict.fromkeys((WEIGHTS, *HUB_WEIGHTS, *HEAD_WEIGHTS, *FUSION_WEIGHTS), 16 << 30),
+        **dict.fromkeys((INTERFACE, SETUP, FUSION_CONFIG, "head_config.json"), 8 << 20),
         # A tokenizer saved beside the adapter (new tokens, an own chat template).
         "added_tokens.json": 16 << 20,
         "chat_template.jinja": 1 << 20,
@@ -41,10 +56,8 @@ FILES: Mapping[str, int] = MappingProxyType(
 ROUTER = "arrow_router"
 """The folder of the adapter that chooses between those beside it, as ``peft.create_arrow_model`` names it."""
 
-MEMBER = re.compile(r"[A-Za-z0-9_\-]{1,64}")
-"""Names of the folders beside it."""
-
-MAX_MEMBERS = 128
+_FOLDER = re.compile(r"(?!\.)[\w.,\-]+", re.ASCII)
+"""Names of sub-folders: a digest over names relies on their having no spaces."""
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -63,15 +76,14 @@ def open_regular(folder: Path, name: str) -> BinaryIO:
     """
     # O_NOFOLLOW: a link could lead anywhere. O_NONBLOCK: opening a pipe would wait for its writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    member, _, file = name.rpartition("/")
+    inner, _, last = name.rpartition("/")
     try:
-        parent = os.open(
-            folder / member, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (os.O_NOFOLLOW if member else 0)
-        )
+        inside = os.open(folder / inner, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC) if inner else None
         try:
-            descriptor = os.open(file, flags, dir_fd=parent)
+            descriptor = os.open(last if inner else folder / last, flags, dir_fd=inside)
         finally:
-            os.close(parent)
+            if inside is not None:
+                os.close(inside)
     except OSError as error:
         reason = error.strerror
         if error.errno == errno.ELOOP:
@@ -90,11 +102,15 @@ def open_regular(folder: Path, name: str) -> BinaryIO:
 
 
 def present(folder: Path) -> list[str]:
-    """The adapter's files that are in ``folder``, in the order of ``FILES``; where it has members, theirs by member.
+    """The adapter's files that are in ``folder``, in the order of ``FILES``; those in sub-folders as ``folder/file``.
 
     Raises:
         AdapterFormatError: the config or the weights are missing, or the weights are only there as a pickle.
     """
+    names = _listed(folder)
+    if SETUP in names:
+        inner = [f"{name}/{file}" for name in _subfolders(folder) for file in _known(_listed(folder / name))]
+        return [SETUP, *inner]
     found = members(folder)
     return [f"{member}/{name}" for member in found for name in _present(folder / member)] or _present(folder)
 
@@ -103,22 +119,13 @@ def members(folder: Path) -> list[str]:
     """A router and the adapters beside it, each in a folder of its own, sorted; none where ``folder`` is an adapter.
 
     Raises:
-        AdapterFormatError: there are more than ``MAX_MEMBERS``.
+        AdapterTooLarge: there are too many.
     """
     names = _listed(folder)
     if CONFIG in names or ROUTER not in names:
         return []
-    found = sorted(name for name in names if MEMBER.fullmatch(name) and (folder / name / CONFIG).is_file())
-    if len(found) > MAX_MEMBERS:
-        raise AdapterFormatError(f"{len(found)} adapters lie together; the limit is {MAX_MEMBERS}", param=CONFIG)
+    found = [name for name in _subfolders(folder) if (folder / name / CONFIG).is_file()]
     return found if ROUTER in found else []
-
-
-def _listed(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except OSError as error:
-        raise AdapterFormatError(f"the adapter's folder cannot be read: {error.strerror}", param=CONFIG) from error
 
 
 def _present(folder: Path) -> list[str]:
@@ -129,9 +136,33 @@ def _present(folder: Path) -> list[str]:
         return [DIFFERENCES]
     else:
         raise AdapterFormatError(f"{CONFIG} is missing; an adapter is a folder as peft saves it", param=CONFIG)
-    if WEIGHTS not in names:
+    if not has_weights(names):
         raise AdapterFormatError(missing_weights(names), param=WEIGHTS)
+    return _known(names)
+
+
+def has_weights(names: Collection[str]) -> bool:
+    """Whether one of ``names`` is an adapter's weights, as peft or AdapterHub calls them."""
+    return any(name in names for name in (WEIGHTS, *HUB_WEIGHTS))
+
+
+def _known(names: set[str]) -> list[str]:
     return [name for name in FILES if name in names]
+
+
+def _listed(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError as error:
+        raise AdapterFormatError(f"the adapter's folder cannot be read: {error.strerror}", param=CONFIG) from error
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        found = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and _FOLDER.fullmatch(e.name))
+    if len(found) > MAX_FOLDERS:
+        raise AdapterTooLarge(f"the adapter has {len(found)} sub-folders; the limit is {MAX_FOLDERS}", param=SETUP)
+    return found
 
 
 def missing_weights(names: set[str]) -> str:

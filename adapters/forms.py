@@ -8,7 +8,12 @@ where R, block-diagonal, rotates the input, T turns pairs of outputs, S is spars
 adapter's own, and what it has not is left out. In place of B (A x) there may be several such products, weighed by what
 x is. Behind attention, what the layer's queries find in a gated prefix is added to x or to y. At a norm the adapter's
 own weight and bias stand in for the base's. At the token embedding R rotates the vectors that the base has for the
-tokens. The base is never changed.
+tokens. A sublayer (attention, feed-forward network) whose output f is added to the residual stream r gives
+
+    f + U act(D x + b) + c                          x = f, r or f + r: a bottleneck
+    f + Σ a_n V u_n,  a = softmax_n((Q x + q) · (K u_n + k))       u_n = U_n act_n(D_n x + b_n) + c_n: a fusion
+
+in its place. The base is never changed.
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ from enum import StrEnum
 import torch
 
 from weft.adapters.choices import Choice
+from weft.kernels.activations import Activation
+from weft.kernels.grouped_bottleneck import Input
 from weft.kernels.sparse_rows import pack_rows
 
 
@@ -44,6 +51,11 @@ class Part(StrEnum):
     EXPERT_A = "expert_a"
     EXPERT_B = "expert_b"
     PROTOTYPES = "prototypes"
+    DOWN = "down"
+    DOWN_BIAS = "down_bias"
+    UP = "up"
+    UP_BIAS = "up_bias"
+    FUSION = "fusion"
 
     @property
     def of_input(self) -> bool:
@@ -173,8 +185,104 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Bottleneck:
+    """``U act(D x + b) + c`` at one sublayer.
+
+    Attributes:
+        down: D ``[units, hidden]``. down_bias: b ``[units]``.
+        up: U ``[hidden, units]``. up_bias: c ``[hidden]``. Every scale of the method is folded into both.
+        input: what x is.
+    """
+
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+    activation: Activation
+    input: Input
+
+    @property
+    def units(self) -> int:
+        return self.down.shape[0]
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        """All of it as rows ``[count, hidden]``; the last row of ``down_bias`` is filled up with zeros."""
+        hidden = self.down.shape[1]
+        padded = torch.nn.functional.pad(self.down_bias, (0, -self.units % hidden))
+        return {
+            Part.DOWN: self.down,
+            Part.DOWN_BIAS: padded.view(-1, hidden),
+            Part.UP: self.up.T,
+            Part.UP_BIAS: self.up_bias.unsqueeze(0),
+        }
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Attention of every token over what several bottlenecks make of it, at one sublayer.
+
+    Attributes:
+        members: the bottlenecks, all of one input.
+        query, key: Q and K ``[hidden, hidden]``. query_bias, key_bias: q and k ``[hidden]``.
+        value: V ``[hidden, hidden]``; None: the identity.
+    """
+
+    members: tuple[Bottleneck, ...]
+    query: torch.Tensor
+    query_bias: torch.Tensor
+    key: torch.Tensor
+    key_bias: torch.Tensor
+    value: torch.Tensor | None
+
+    def rows(self) -> torch.Tensor:
+        """All of it as rows ``[count, hidden]``, which ``from_rows`` takes apart again."""
+        own = [self.query, self.query_bias.unsqueeze(0), self.key, self.key_bias.unsqueeze(0)]
+        members = [rows for member in self.members for rows in member.parts().values()]
+        return torch.cat(own + ([] if self.value is None else [self.value]) + members)
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.FUSION: self.rows()}
+
+    @property
+    def shape(self) -> FusionShape:
+        members = tuple((member.units, member.activation) for member in self.members)
+        return FusionShape(members, self.members[0].input, self.value is not None)
+
+
+@dataclass(frozen=True)
+class FusionShape:
+    """What a fusion is beside its tensors.
+
+    Attributes:
+        members: units and activation of each.
+        input: of all of them.
+    """
+
+    members: tuple[tuple[int, Activation], ...]
+    input: Input
+    has_value: bool
+
+    def fusion(self, rows: torch.Tensor) -> Fusion:
+        """The fusion that ``Fusion.rows`` laid out; its tensors are views of ``rows``."""
+        hidden, at = rows.shape[1], 0
+
+        def take(count: int) -> torch.Tensor:
+            nonlocal at
+            at += count
+            return rows[at - count : at]
+
+        query, query_bias, key, key_bias = take(hidden), take(1)[0], take(hidden), take(1)[0]
+        value = take(hidden) if self.has_value else None
+        members = []
+        for units, activation in self.members:
+            down, bias = take(units), take(-(-units // hidden)).flatten()[:units]
+            members.append(Bottleneck(down, bias, take(units).T, take(1)[0], activation, self.input))
+        return Fusion(tuple(members), query, query_bias, key, key_bias, value)
+
+
+@dataclass(frozen=True)
 class SiteForms:
-    """What one adapter does at one site of the base; see the formula above.
+    """What one adapter does at one site of the base; see the formulas above.
 
     Attributes:
         low_rank: the low-rank update, if any.
@@ -191,6 +299,7 @@ class SiteForms:
             embedding it is as wide as the vectors. Less 1, because 16 bits hold a small rotation better that way.
         turn: of what the base computes, its bias included.
         sparse: an update of W of few values.
+        bottleneck, fusion: of a sublayer; not both.
     """
 
     low_rank: LowRank | None = None
@@ -207,6 +316,9 @@ class SiteForms:
     turn: Turn | None = None
     sparse: Sparse | None = None
 
+    bottleneck: Bottleneck | None = None
+    fusion: Fusion | None = None
+
     @property
     def rank(self) -> int:
         """Of the low-rank update, of all experts together."""
@@ -215,17 +327,12 @@ class SiteForms:
     def parts(self) -> dict[Part, torch.Tensor]:
         """The rows ``[count, width]`` of every part there is."""
         parts: dict[Part, torch.Tensor] = {}
-        for form in (self.low_rank, self.routed, self.prefix, self.turn, self.sparse, self.rows):
-            if form is not None:
+        for field in fields(self):
+            form = getattr(self, field.name)
+            if isinstance(form, torch.Tensor):  # a part of its own name
+                parts[Part(field.name)] = form.unsqueeze(0) if form.ndim == 1 else form
+            elif form is not None:
                 parts |= form.parts()
-        for part in (Part.GAIN_IN, Part.GAIN_OUT, Part.SHIFT, Part.WEIGHT, Part.BIAS):
-            row = getattr(self, part)
-            if row is not None:
-                parts[part] = row.unsqueeze(0)
-        for part in (Part.ROTATE_IN, Part.DELTA):
-            rows = getattr(self, part)
-            if rows is not None:
-                parts[part] = rows
         return parts
 
     def numbers(self) -> dict[Part, int]:
@@ -258,6 +365,8 @@ _NAMES = {
     "rotate_in": "Rotation",
     "turn": "Turn",
     "sparse": "Sparse",
+    "bottleneck": "Bottleneck",
+    "fusion": "Fusion",
 }
 
 

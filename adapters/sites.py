@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from weft.adapters.base import Base
 from weft.adapters.forms import Part
 from weft.adapters.slots import SlotPool
+from weft.adapters.sublayers import SublayerHooks
 from weft.kernels.dispatch import backend
 from weft.kernels.gated_prefix import gated_prefix
 from weft.kernels.grouped_affine import grouped_affine
@@ -256,6 +257,8 @@ def attach_sites(model: PreTrainedModel, base: Base, pool: SlotPool) -> ActiveRo
         model.set_submodule(path, LinearSite(linear, path, pool, rows, output=linear is output))
     for path in base.norms:
         model.set_submodule(path, NormSite(model.get_submodule(path), path, pool, rows))
+    for path, sublayer in base.sublayers.items():
+        SublayerHooks(path, pool, rows).attach(model.get_submodule(sublayer.norm), model.get_submodule(path))
     assert base.embedding is not None, "a base that is loaded has an embedding"
     model.set_input_embeddings(EmbeddingSite(model.get_input_embeddings(), base.embedding.path, pool, rows))
     return rows

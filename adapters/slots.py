@@ -8,7 +8,7 @@ nothing (S-LoRA's unified paging with pages of one row, by width).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -16,14 +16,18 @@ import torch
 
 from weft.adapters.base import Base
 from weft.adapters.errors import AdapterTooLarge
-from weft.adapters.forms import CompiledAdapter, Part
+from weft.adapters.forms import CompiledAdapter, Fusion, FusionShape, Part
 from weft.adapters.free_rows import FreeRows
+from weft.kernels.activations import Activation
+from weft.kernels.grouped_bottleneck import Bottlenecks, Input
 from weft.kernels.slot_rows import SlotRows
 
 Place = tuple[str, Part]
 """A site's path and a part of an adapter there."""
 
 NO_PARTS: frozenset[Part] = frozenset()
+Kind = tuple[Input, Activation]
+"""What a bottleneck is beside its rows."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,15 @@ class Layout:
         rows: how many rows it has at each place; places without any are absent.
         ids: the tokens of ``Part.ROWS`` by path.
         numbers: what goes with a part and is no row; see ``SiteForms.numbers``.
+        kinds: input and activation of bottlenecks by path.
+        fusions: likewise, of fusions.
     """
 
     rows: Mapping[Place, int]
     ids: Mapping[str, torch.Tensor] = field(default_factory=dict)
     numbers: Mapping[Place, int] = field(default_factory=dict)
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    fusions: Mapping[str, FusionShape] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapter: CompiledAdapter) -> Layout:
@@ -48,9 +56,14 @@ class Layout:
             for part, rows in forms.parts().items()
             if len(rows)
         }
-        ids = {path: forms.rows.ids for path, forms in adapter.sites.items() if forms.rows}
-        numbers = {(path, part): n for path, forms in adapter.sites.items() for part, n in forms.numbers().items()}
-        return cls(counts, ids, numbers)
+        sites = adapter.sites.items()
+        return cls(
+            counts,
+            {path: forms.rows.ids for path, forms in sites if forms.rows},
+            {(path, part): number for path, forms in sites for part, number in forms.numbers().items()},
+            {path: (forms.bottleneck.input, forms.bottleneck.activation) for path, forms in sites if forms.bottleneck},
+            {path: forms.fusion.shape for path, forms in sites if forms.fusion},
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,7 @@ class SlotPool:
         self._parts: dict[str, set[Part]] = {}
         self._ids: dict[tuple[str, int], torch.Tensor] = {}
         self._numbers: dict[Place, torch.Tensor] = {}
+        self._kinds: dict[str, Bottlenecks] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._placed: dict[int, Placement] = {}
         self.generations = [0] * num_slots
@@ -186,6 +200,8 @@ class SlotPool:
             if place not in self._numbers:
                 self._numbers[place] = torch.zeros(self.num_slots, dtype=torch.int32, device=self.device)
             self._numbers[place][placement.slot] = number
+        for path, kind in placement.layout.kinds.items():
+            self._set_kind(path, placement.slot, kind)
 
     def free(self, placement: Placement) -> None:
         """Give back a slot and its rows, published or not."""
@@ -200,6 +216,8 @@ class SlotPool:
             self._pools[width].free.give_back(rows)
         for path in placement.layout.ids:
             self._ids.pop((path, slot), None)
+        for path in placement.layout.kinds:
+            self._set_kind(path, slot, None)
         del self._placed[slot]
         self._free_slots.append(slot)
 
@@ -218,6 +236,41 @@ class SlotPool:
     def numbers(self, path: str, part: Part) -> torch.Tensor:
         """int32 ``[num_slots]``, the number that goes with a part at a path; of slots that have the part."""
         return self._numbers[path, part]
+
+    def bottlenecks(self, path: str) -> Bottlenecks | None:
+        """The bottleneck of every slot at one sublayer, for the kernel; None while no slot has any."""
+        return self._kinds.get(path)
+
+    def fusions(self, path: str, slots: Sequence[int]) -> Iterator[tuple[int, Fusion]]:
+        """The fusion of those of the slots that have one at a sublayer: views, or copies of rows that lie apart."""
+        table = self._tables.get((path, Part.FUSION))
+        for slot in slots if table is not None and table.used_by(slots) else ():
+            placement = self._placed[slot]
+            shape = placement.layout.fusions.get(path)
+            if shape is None or table is None:
+                continue
+            places = placement.rows[path, Part.FUSION]  # known here, so that nobody waits for the device
+            first, count = places[0], len(places)
+            if places[-1] - first + 1 == count:
+                rows = table.pool[first : first + count]
+            else:
+                rows = table.pool.index_select(0, table.table[slot, :count].long())
+            yield slot, shape.fusion(rows)
+
+    def _set_kind(self, path: str, slot: int, kind: Kind | None) -> None:
+        """Say what a slot's bottleneck is, after its rows were named; forgotten when no slot has any."""
+        old = self._kinds.pop(path, None)
+        kinds: list[Kind | None] = list(old.host_kinds) if old else [None] * self.num_slots
+        kinds[slot] = kind
+        parts = [self._tables.get((path, part)) for part in (Part.DOWN, Part.DOWN_BIAS, Part.UP, Part.UP_BIAS)]
+        down, down_bias, up, up_bias = parts
+        if down is None or down_bias is None or up is None or up_bias is None:
+            return
+        inputs = old.inputs if old else torch.zeros(self.num_slots, dtype=torch.int32, device=self.device)
+        activations = old.activations if old else torch.zeros_like(inputs)
+        if kind is not None:
+            inputs[slot], activations[slot] = kind
+        self._kinds[path] = Bottlenecks(down, down_bias, up, up_bias, inputs, activations, tuple(kinds))
 
     def _set(self, place: Place, slot: int, rows: list[int]) -> None:
         """Name the rows of a slot in the table of a place, which is there while some slot has rows."""
@@ -243,6 +296,8 @@ class SlotPool:
 
     def _width(self, place: Place) -> int:
         path, part = place
+        if path in self._base.sublayers:
+            return self._base.hidden_size
         site = self._base.module(path)
         assert site is not None, f"{path} is not a module of the base that adapters attach to"
         if part in (Part.KEYS, Part.VALUES_IN, Part.VALUES_OUT):

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from weft.adapters.config_fields import show
 from weft.adapters.errors import AdapterError, AdapterFormatError, AdapterSourceError, AdapterTooLarge
-from weft.adapters.files import CONFIG, DIFFERENCES, FILES, WEIGHTS, missing_weights
+from weft.adapters.files import CONFIG, DIFFERENCES, FILES, ROUTER, SETUP, has_weights, missing_weights
 
 STORES: Mapping[str, str] = MappingProxyType(
     {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
@@ -137,10 +137,12 @@ def _object_store(source: str, package: str, cache: Path) -> Path:
 
 def _check_listing(source: str, sizes: Mapping[str, int]) -> None:
     """Refuse before the download what would be refused after it."""
+    if SETUP in sizes or any(name.startswith(f"{ROUTER}/") for name in sizes):
+        raise AdapterSourceError(f"{show(source)} has sub-folders; download it and give its folder", param="source")
     alone = DIFFERENCES in sizes and CONFIG not in sizes
     if CONFIG not in sizes and not alone:
         raise AdapterFormatError(f"{show(source)} holds no {CONFIG}", param="source")
-    if WEIGHTS not in sizes and not alone:
+    if not has_weights(sizes) and not alone:
         raise AdapterFormatError(f"{show(source)}: {missing_weights(set(sizes))}", param="source")
     for name in FILES.keys() & sizes.keys():
         if sizes[name] > FILES[name]:

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from weft.kernels.gated_prefix import triton as prefix
 from weft.kernels.grouped_affine import triton as affine
+from weft.kernels.grouped_bottleneck import triton as bottleneck
 from weft.kernels.grouped_delta import triton as delta
 from weft.kernels.grouped_lora import triton as lora
 from weft.kernels.grouped_rotate import triton as rotate
@@ -44,6 +45,7 @@ POINTERS = {
     **dict.fromkeys(("key_table", "value_table", "top_k"), "*i32"),
     "distances": "*i32",
     "integers": "*i32",
+    **dict.fromkeys(("inputs", "activations", "bias_table", "up_bias_table"), "*i32"),
     "slot_mapping": "*i64",
     "planes": "*fp32",
 }
@@ -51,9 +53,13 @@ SCALARS = {"score_scale": "fp32", "softcap_scale": "fp32"}
 VALUES = (
     *("x", "a", "y", "b", "q", "k", "v", "k_cache", "v_cache", "out", "sinks", "gain", "shift", "delta"),
     *("keys", "values", "prototypes", "rotation", "sparse", "turn"),
+    *("f", "r", "down", "up", "bias", "up_bias"),
 )
 # Arguments that are multiples of 16 at the widths models have; the launch specializes on it.
-MULTIPLES = ("width", "split_width", "x_stride", "y_stride", "q_token_stride", "q_head_stride", "k_token_stride")
+MULTIPLES = (
+    *("width", "split_width", "x_stride", "y_stride", "f_stride", "r_stride"),
+    *("q_token_stride", "q_head_stride", "k_token_stride"),
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPILL_BOUND = 0
 
@@ -84,6 +90,11 @@ def variants() -> Iterator[Variant]:
         expand = lora.expand_config(DTYPES[dtype], rank, rows)
         yield Variant(f"shrink rank {rank} rows {rows}", lora.shrink_kernel, dtype, shrink)
         yield Variant(f"expand rank {rank} rows {rows}", lora.expand_kernel, dtype, expand)
+    for dtype, units, rows in (("bf16", 64, 16), ("bf16", 256, 32), ("fp16", 16, 16), ("fp32", 256, 16)):
+        down = bottleneck.down_config(DTYPES[dtype], units, rows)
+        up = bottleneck.up_config(DTYPES[dtype], units, rows)
+        yield Variant(f"bottleneck down {units} rows {rows}", bottleneck.down_kernel, dtype, down)
+        yield Variant(f"bottleneck up {units} rows {rows}", bottleneck.up_kernel, dtype, up)
     for dtype, rows in (("bf16", 16), ("bf16", 32), ("fp16", 16), ("fp32", 16)):
         yield Variant(f"delta rows {rows}", delta.delta_kernel, dtype, delta.delta_config(DTYPES[dtype], rows))
         yield Variant(f"rotate rows {rows}", rotate.rotate_kernel, dtype, rotate.rotate_config(DTYPES[dtype], rows))

@@ -69,7 +69,7 @@ class LLM:
 
     Args:
         model: local folder or hub id of a Hugging Face causal LM.
-        adapters: folders of adapters as ``peft`` saved them, by the id they go under.
+        adapters: folders of adapters as ``peft`` or AdapterHub saved them, by the id they go under.
         settings: fields of ``EngineConfig``, e.g. ``dtype="float32"``, ``max_num_seqs=32``.
 
     Raises:

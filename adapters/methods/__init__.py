@@ -2,7 +2,7 @@
 
 To add one: write ``methods/<name>.py`` with ``compile_sites(checkpoint, base)``, name it in ``METHODS``, and test it
 against peft. The loader classifies every config field of the method in a ``FieldTable`` and takes every tensor; what is
-left is refused here.
+left is refused here. Adapters of the AdapterHub library have a format of their own, read in ``hub/``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from weft.adapters.files import DIFFERENCES, present
 from weft.adapters.forms import CompiledAdapter, Prompt, SiteForms
 from weft.adapters.methods.common import cast_forms, take_base_copies
 from weft.adapters.methods.differences import compile_differences
+from weft.adapters.methods.hub import compile_hub, is_hub
 from weft.adapters.methods.saved_modules import check_apart, take_saved_modules
 from weft.adapters.methods.unserved import check_served
 
@@ -125,6 +126,10 @@ def compile_adapter(
         changed = compile_differences(folder, base)
         forms = {path: cast_forms(form, dtype, path) for path, form in changed.items()}
         return CompiledAdapter(version, "LT-SFT", forms)
+    if is_hub(folder):
+        trained, hub_forms, hub_prompt = compile_hub(folder, base)
+        own = {path: cast_forms(form, dtype, path) for path, form in hub_forms.items()}
+        return CompiledAdapter(version, trained, own, cast_forms(hub_prompt, dtype, "prefix"))
     checkpoint = read_checkpoint(folder, chosen)
     peft_type = checkpoint.config.text("peft_type")
     if peft_type is None:

@@ -138,7 +138,9 @@ def named_base(adapter: Path) -> str:
     folder = adapter if (adapter / CONFIG).exists() or not (adapter / ROUTER).is_dir() else adapter / ROUTER
     try:
         config = json.loads((folder / CONFIG).read_text())
-        named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+        # peft's name for it, and AdapterHub's.
+        names = ("base_model_name_or_path", "model_name") if isinstance(config, dict) else ()
+        named = next((config[name] for name in names if config.get(name)), None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"adapter: cannot read its adapter_config.json: {error}") from error
     if not isinstance(named, str) or not named:

@@ -10,10 +10,23 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from weft.adapters.base import Base, Site
+from weft.adapters.base import Base, Site, Sublayer
 from weft.adapters.errors import AdapterTooLarge
-from weft.adapters.forms import CompiledAdapter, GatedPrefix, LowRank, Part, RoutedLowRank, SiteForms, Sparse, Turn
+from weft.adapters.forms import (
+    Bottleneck,
+    CompiledAdapter,
+    Fusion,
+    GatedPrefix,
+    LowRank,
+    Part,
+    RoutedLowRank,
+    SiteForms,
+    Sparse,
+    Turn,
+)
 from weft.adapters.slots import Layout, Placement, SlotPool
+from weft.kernels.activations import Activation
+from weft.kernels.grouped_bottleneck import Input
 from weft.kernels.sparse_rows import unpack_rows
 
 WIDTHS = {"a.q": (12, 20), "a.k": (12, 8), "b.q": (12, 20), "b.o": (20, 12)}
@@ -25,6 +38,8 @@ BASE = Base(
     torch.float32,
     kv_heads=2,
     head_dim=4,
+    sublayers={"a": Sublayer("a", "a.norm", 0, True)},
+    hidden_size=12,
 )
 RANK_BYTES = sum(sum(widths) for widths in WIDTHS.values()) * 4
 
@@ -55,6 +70,22 @@ def make_adapter(ranks: dict[str, int], vectors: frozenset[tuple[str, Part]] = f
     return CompiledAdapter("v", "LORA", sites)
 
 
+def make_bottleneck(units: int) -> Bottleneck:
+    """Random tensors, of a kind that depends on the width."""
+    kind = (list(Activation)[units % len(Activation)], list(Input)[units % len(Input)])
+    return Bottleneck(torch.randn(units, 12), torch.randn(units), torch.randn(12, units), torch.randn(12), *kind)
+
+
+def make_sublayer(units: int, fused: bool) -> CompiledAdapter:
+    """A bottleneck, or a fusion of two."""
+    if not fused:
+        return CompiledAdapter("v", "Bn", {"a": SiteForms(bottleneck=make_bottleneck(units))})
+    first, second = (make_bottleneck(count) for count in (units, units + len(Activation) * len(Input)))
+    square = torch.randn(12, 12), torch.randn(12), torch.randn(12, 12), torch.randn(12)
+    fusion = Fusion((first, second), *square, torch.randn(12, 12) if units % 2 else None)
+    return CompiledAdapter("v", "Fusion", {"a": SiteForms(fusion=fusion)})
+
+
 def make_pool(num_slots: int = 3, ranks: int = 32) -> SlotPool:
     cpu = torch.device("cpu")
     return SlotPool(BASE, num_slots=num_slots, memory=ranks * RANK_BYTES, dtype=torch.float32, device=cpu)
@@ -73,7 +104,13 @@ class SlotPoolMachine(RuleBasedStateMachine):
         vectors=st.frozensets(st.tuples(st.sampled_from(sorted(WIDTHS)), st.sampled_from(sorted(VECTORS))), max_size=5),
     )
     def load(self, ranks: dict[str, int], vectors: frozenset[tuple[str, Part]]) -> None:
-        adapter = make_adapter(ranks, vectors)
+        self.place(make_adapter(ranks, vectors))
+
+    @rule(units=st.integers(1, 30), fused=st.booleans())
+    def load_sublayer(self, units: int, fused: bool) -> None:
+        self.place(make_sublayer(units, fused))
+
+    def place(self, adapter: CompiledAdapter) -> None:
         placement = self.pool.reserve(Layout.of(adapter))
         if placement is not None:
             self.pool.upload(placement, adapter)
@@ -90,7 +127,8 @@ class SlotPoolMachine(RuleBasedStateMachine):
     def tables_say_what_was_loaded(self) -> None:
         self.pool.check_integrity()
         here = {placement.slot: adapter for placement, adapter in self.placed}
-        for path, part in ((path, part) for path in WIDTHS for part in Part):
+        self.kinds_say_what_was_loaded(here)
+        for path, part in ((path, part) for path in (*WIDTHS, "a") for part in Part):
             rows = self.pool.rows(path, part)
             for slot in range(self.pool.num_slots):
                 forms = here[slot].sites.get(path, SiteForms()) if slot in here else SiteForms()
@@ -107,6 +145,27 @@ class SlotPoolMachine(RuleBasedStateMachine):
             for path, forms in adapter.sites.items():
                 for part, number in forms.numbers().items():
                     assert self.pool.numbers(path, part)[slot] == number
+
+    def kinds_say_what_was_loaded(self, here: dict[int, CompiledAdapter]) -> None:
+        forms = {slot: adapter.sites.get("a", SiteForms()) for slot, adapter in here.items()}
+        bottlenecks = self.pool.bottlenecks("a")
+        for slot in range(self.pool.num_slots):
+            own = forms[slot].bottleneck if slot in forms else None
+            kind = None if bottlenecks is None else bottlenecks.host_kinds[slot]
+            assert kind == (None if own is None else (own.input, own.activation))
+            if own is not None and bottlenecks is not None:
+                assert (bottlenecks.inputs[slot], bottlenecks.activations[slot]) == kind
+                assert bottlenecks.up.of(slot).equal(own.up.T)
+        assert bottlenecks is None or any(bottlenecks.host_kinds), "kinds nobody needs"
+        fusions = dict(self.pool.fusions("a", tuple(here)))
+        assert fusions.keys() == {slot for slot, form in forms.items() if form.fusion}
+        for slot, fusion in fusions.items():
+            loaded = forms[slot].fusion
+            assert loaded is not None and fusion.shape == loaded.shape and fusion.rows().equal(loaded.rows())
+            assert all(
+                one.down_bias.equal(other.down_bias) and one.up.equal(other.up)
+                for one, other in zip(fusion.members, loaded.members, strict=True)
+            )
 
 
 SlotPoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
