@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from weft.adapters.errors import BaseWeightsNeeded
+from weft.adapters.quantized import Int8Linear, dequantized, is_quantized
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Base:
         tied: the head's weight is the embedding's.
         adapter_memory: bytes one adapter can have at most where it is to be served; None where that is not known.
         parameters: the base's own parameters by name, tied ones under each of their names; references, no copies.
+            The weights of quantised linears are not among them.
+        quantized: linears whose weight is kept in fewer bits, by path.
     """
 
     model_type: str
@@ -103,13 +106,14 @@ class Base:
     tied: bool = False
     adapter_memory: int | None = None
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    quantized: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Base:
         """Describe ``model`` (a transformers causal LM, on any device, ``meta`` included)."""
         sites, norms = {}, {}
         for path, module in model.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | Int8Linear):
                 sites[path] = Site(path, "linear", module.in_features, module.out_features, module.bias is not None)
             elif isinstance(module, Conv1D):
                 sites[path] = Site(path, "conv1d", module.nx, module.nf, True)
@@ -121,6 +125,9 @@ class Base:
         vectors = model.get_input_embeddings()
         source = next(path for path, module in model.named_modules() if module is vectors)
         vocab_size, width = vectors.get_parameter("weight").shape
+        quantized = {path: module for path, module in model.named_modules() if is_quantized(module)}
+        packed = {f"{path}.weight" for path in quantized}
+        parameters = model.named_parameters(remove_duplicate=False)
         return cls(
             model_type=config.model_type,
             num_layers=config.num_hidden_layers,
@@ -136,7 +143,8 @@ class Base:
             embedding_scale=float(getattr(vectors, "scalar_embed_scale", 1.0)),
             head=head,
             tied=output is not None and output.weight is vectors.weight,
-            parameters={name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)},
+            parameters={name: p.detach() for name, p in parameters if name not in packed},
+            quantized=quantized,
         )
 
     def module(self, path: str) -> Site | None:
@@ -148,9 +156,16 @@ class Base:
     def weight(self, site: Site) -> torch.Tensor:
         """The frozen weight of a site, fp32 on the CPU: ``[out, in]`` of a linear layer whatever its storage order.
 
+        A quantised linear's is the one it multiplies with.
+
         Raises:
             BaseWeightsNeeded: the base is known by its shape alone.
         """
+        packed = self.quantized.get(site.path)
+        if packed is not None:
+            if packed.get_parameter("weight").is_meta:
+                raise _needed(f"{site.path}.weight")
+            return dequantized(packed).float().cpu()
         weight = self._loaded(f"{site.path}.weight").float()
         return weight.T if site.kind == "conv1d" else weight
 
@@ -165,8 +180,12 @@ class Base:
     def _loaded(self, name: str) -> torch.Tensor:
         parameter = self.parameters[name]
         if parameter.is_meta:
-            raise BaseWeightsNeeded(f"the adapter can only be read beside the base's weights ({name})")
+            raise _needed(name)
         return parameter.cpu()
+
+
+def _needed(name: str) -> BaseWeightsNeeded:
+    return BaseWeightsNeeded(f"the adapter can only be read beside the base's weights ({name})")
 
 
 def _sublayers(model: PreTrainedModel) -> dict[str, Sublayer]:

@@ -17,6 +17,7 @@ class EngineConfig:
         model: local folder or hub id of a Hugging Face causal LM.
         device: "auto", "cpu" or "cuda".
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        quantization: "none" (as the checkpoint is), "nf4" or "int8": the linears' weights are kept in 4 or 8 bits.
         max_model_len: tokens of prompt and output together; None: the model's own limit.
         max_num_seqs: rows decoding at once.
         max_num_batched_tokens: tokens in one forward pass.
@@ -35,6 +36,7 @@ class EngineConfig:
     model: str
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str = "none"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -52,6 +54,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _choice("device", self.device, ("auto", "cpu", "cuda"))
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        check_quantization(self.quantization)
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_adapters", "max_queued_requests"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -61,6 +64,11 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be positive, got {value}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+
+
+def check_quantization(value: str) -> None:
+    """Raise ConfigError unless ``value`` is a way a base can be quantised."""
+    _choice("quantization", value, ("none", "nf4", "int8"))
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -116,6 +116,7 @@ class Settings(BaseSettings):
 
     device: str = Field("auto", description="auto, cpu or cuda.")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16.")
+    quantization: str = Field("none", description="Bits of the base's weights: none (as they are), nf4 or int8.")
     max_model_len: int | None = Field(None, description="Tokens of prompt and output together; default: the model's.")
     max_num_seqs: int = Field(64, description="Requests decoding at once.")
     max_num_batched_tokens: int = Field(2048, description="Tokens in one forward pass.")

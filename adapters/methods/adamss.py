@@ -14,7 +14,7 @@ from weft.adapters.config_fields import ConfigFields, FieldTable, show
 from weft.adapters.errors import AdapterMismatch, AdapterUnsupported
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import COMMON_FIELDS, PREFIX, method_sites, site_tensor
+from weft.adapters.methods.common import COMMON_FIELDS, DECOMPOSED, PREFIX, method_sites, refuse_quantized, site_tensor
 from weft.adapters.methods.factors import MAX_RANK, refuse_conv1d
 from weft.adapters.methods.places import SEEDS
 from weft.adapters.methods.psoft import sketched_svd
@@ -57,6 +57,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``. V and the A of all clusters are one factor, the B of all clusters the other."""
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
     refuse_conv1d(sites, "AdaMSS")
+    refuse_quantized(sites, base, "AdaMSS", DECOMPOSED)
     return {site.path: _site_forms(checkpoint, base, site) for site in sites}
 
 

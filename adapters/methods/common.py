@@ -19,6 +19,11 @@ T = TypeVar("T")
 PREFIX = "base_model.model."
 """Before the module's path in every tensor name peft writes."""
 
+DECOMPOSED = (
+    "its vectors belong to the decomposition of the very weight it was trained on, which peft cannot make of this"
+)
+"""Why methods between the singular vectors of the base's weight are not served on a quantised one."""
+
 CONFIG_FIELDS = FieldTable(
     honoured=("peft_type", "task_type"),
     ignored={
@@ -60,6 +65,21 @@ def method_sites(
     check_task(checkpoint.config)
     checkpoint.config.check(fields)
     return targeted_sites(checkpoint.config, base, defaults, embeddings=embeddings)
+
+
+def refuse_quantized(sites: Sequence[Site], base: Base, method: str, why: str) -> None:
+    """Of methods that peft cannot run on a quantised linear, and whose meaning there is not that of its weight.
+
+    Raises:
+        AdapterUnsupported: a target is quantised.
+    """
+    for site in sites:
+        if site.path in base.quantized:
+            raise AdapterUnsupported(
+                f"target_modules selects {show(site.path)}, which is quantised; {method} is served on unquantised "
+                f"layers only: {why}",
+                param="target_modules",
+            )
 
 
 def site_tensor(checkpoint: Checkpoint, site: Site, part: str, shape: tuple[int, ...]) -> torch.Tensor:

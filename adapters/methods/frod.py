@@ -17,7 +17,14 @@ from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import check_dense, method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import (
+    DECOMPOSED,
+    check_dense,
+    method_sites,
+    refuse_quantized,
+    site_tensor,
+    take_biases,
+)
 from weft.adapters.methods.lora import with_biases
 from weft.adapters.methods.places import SEEDS, TRANSPOSED_FIELDS
 
@@ -52,6 +59,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``."""
     config = checkpoint.config
     sites = method_sites(checkpoint, base, FIELDS, defaults.NARROW_PHI)
+    refuse_quantized(sites, base, "FRoD", DECOMPOSED)
     check_dense(base, sites)
     rate = config.number("sparse_rate", 0.01)
     if not 0 <= rate <= 1:

@@ -17,7 +17,7 @@ from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, as_number, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
 from weft.adapters.forms import LowRank
-from weft.adapters.methods.common import PREFIX
+from weft.adapters.methods.common import DECOMPOSED, PREFIX, refuse_quantized
 
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base weights as they are."""
@@ -77,6 +77,8 @@ class Factors:
                 raise AdapterUnsupported(f"kasa_config with init_lora_weights={removed} is not served", param=chosen[0])
             removed = "kasa"
         _check_sites(chosen, removed, sites, base)
+        if removed:
+            refuse_quantized(sites, base, f"LoRA that took its start from the base ({removed})", DECOMPOSED)
         if config.flag("lora_bias") and ("use_bdlora" in chosen or not isinstance(init, bool)):
             raise AdapterUnsupported(
                 "lora_bias is not defined for this variant, nor does peft make it", param="lora_bias"

@@ -15,7 +15,7 @@ from weft.adapters.config_fields import ConfigFields, FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import method_sites, site_tensor
+from weft.adapters.methods.common import DECOMPOSED, method_sites, refuse_quantized, site_tensor
 from weft.adapters.methods.factors import product, refuse_conv1d
 from weft.adapters.methods.places import LINEAR_FIELDS
 from weft.adapters.methods.targets import Selector
@@ -31,6 +31,7 @@ FIELDS = LINEAR_FIELDS | FieldTable(
 def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``."""
     sites = method_sites(checkpoint, base, FIELDS, _defaults(base))
+    refuse_quantized(sites, base, "OSF", DECOMPOSED)
     refuse_conv1d(sites, "OSF")
     kept = _kept_ranks(checkpoint.config, sites)
     forms = {site.path: _site_forms(checkpoint, base, site, kept[site.path]) for site in sites}

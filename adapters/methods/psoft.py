@@ -17,7 +17,7 @@ from weft.adapters.errors import AdapterFormatError
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.cayley import cayley, cayley_series, skew_symmetric
-from weft.adapters.methods.common import check_memory, method_sites, site_tensor
+from weft.adapters.methods.common import DECOMPOSED, check_memory, method_sites, refuse_quantized, site_tensor
 from weft.adapters.methods.factors import refuse_conv1d
 from weft.adapters.methods.places import LINEAR_FIELDS, SEEDS
 from weft.adapters.methods.targets import TARGET_FIELDS
@@ -99,6 +99,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``. R − 1 is folded into B; α / r is part of peft's B and of its scale, and cancels."""
     config = checkpoint.config
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
+    refuse_quantized(sites, base, "PSOFT", DECOMPOSED)
     refuse_conv1d(sites, "PSOFT")
     rank = config.integer("r", 32, low=1, high=min(min(site.in_features, site.out_features) for site in sites))
     check_memory(base, rank * sum(site.in_features + site.out_features for site in sites))

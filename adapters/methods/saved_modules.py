@@ -70,6 +70,9 @@ def _refused(why: str) -> AdapterUnsupported:
 
 
 def _saved_module(checkpoint: Checkpoint, base: Base, site: Site, prefix: str) -> SiteForms:
+    if site.path in base.quantized:
+        raise _refused(f"replaces {show(site.path)}, which is quantised; peft cannot load it there either")
+
     def saved(name: str) -> torch.Tensor:
         shape = tuple(base.parameters[f"{site.path}.{name}"].shape)
         return checkpoint.tensors.take(f"{prefix}{site.path}.{name}", shape).float()

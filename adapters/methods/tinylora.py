@@ -15,7 +15,7 @@ from weft.adapters.config_fields import ConfigFields, FieldTable
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import DECOMPOSED, method_sites, refuse_quantized, site_tensor, take_biases
 from weft.adapters.methods.lora import MAX_RANK, with_biases
 from weft.adapters.methods.places import TRANSPOSED_FIELDS
 
@@ -73,6 +73,7 @@ class _Sizes:
 def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``. R is folded into B."""
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
+    refuse_quantized(sites, base, "TinyLoRA", DECOMPOSED)
     sizes = _Sizes.read(checkpoint.config, len(sites))
     groups = sorted({sizes.group(index) for index in range(len(sites))})
     vectors = {group: checkpoint.tensors.take(f"base_model.tinylora_v.{group}", (sizes.u,)) for group in groups}

@@ -16,7 +16,7 @@ from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
 from weft.adapters.forms import LowRank, SiteForms
 from weft.adapters.methods import defaults
-from weft.adapters.methods.common import PREFIX, check_memory, method_sites, site_tensor, take_biases
+from weft.adapters.methods.common import PREFIX, check_memory, method_sites, refuse_quantized, site_tensor, take_biases
 from weft.adapters.methods.lora import MAX_RANK, with_biases
 from weft.adapters.methods.places import TRANSPOSED_FIELDS
 
@@ -45,6 +45,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``."""
     config = checkpoint.config
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
+    refuse_quantized(sites, base, "Uni-LoRA", "peft rounds its scales to the integers that hold the weight")
     rank = config.integer("r", 4, low=1, high=MAX_RANK)
     length = config.integer("theta_d_length", 256, low=1, high=1 << 31)
     seed = config.integer("proj_seed", 42, low=0, high=(1 << 64) - 1)

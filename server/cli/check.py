@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.server.cli.terminal import bytes_text, failing_clearly
-from weft.server.config import ConfigError
+from weft.server.config import ConfigError, check_quantization
 from weft.server.settings import DEMO
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ def check(
         ),
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run modelling code from the base's folder.")] = False,
+    quantization: Annotated[
+        str, typer.Option(help="How the base is served: none (as it is), nf4 or int8.", show_default=True)
+    ] = "none",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Say whether and how an adapter can be served, or exactly what prevents it (exit code 1)."""
@@ -40,10 +43,12 @@ def check(
     try:
         with failing_clearly(ConfigError):
             model = base or named_base(adapter)
+            check_quantization(quantization)
+            how: Any = {"trust_remote_code": trust_remote_code, "quantization": quantization}
             try:
-                report = examine(adapter, describe_base(model, trust_remote_code=trust_remote_code))
+                report = examine(adapter, describe_base(model, **how))
             except BaseWeightsNeeded:
-                report = examine(adapter, load_base(model, trust_remote_code=trust_remote_code))
+                report = examine(adapter, load_base(model, **how))
     except AdapterError as error:
         report = {"servable": False, "adapter": str(adapter), "base": model, "error": _error(error)}
     else:
@@ -53,16 +58,17 @@ def check(
         raise typer.Exit(1)
 
 
-def describe_base(model: str, *, trust_remote_code: bool = False) -> Base:
+def describe_base(model: str, *, trust_remote_code: bool = False, quantization: str = "none") -> Base:
     """The sites of ``model``, from its configuration alone: its modules are made without memory for weights.
 
     Raises:
-        ConfigError: there is no such model, or it is no causal language model.
+        ConfigError: there is no such model, it is no causal language model, or it cannot be quantised so.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from weft.adapters.base import Base
+    from weft.server.engine.quantization import quantize_shape
 
     try:
         config = AutoConfig.from_pretrained(_source(model), trust_remote_code=trust_remote_code)
@@ -72,25 +78,33 @@ def describe_base(model: str, *, trust_remote_code: bool = False) -> Base:
             )
     except (OSError, ValueError) as error:
         raise ConfigError(f"base: cannot read {model} as a causal language model: {error}") from error
+    quantize_shape(shape, quantization)
     return Base.of(shape)
 
 
-def load_base(model: str, *, trust_remote_code: bool = False) -> Base:
+def load_base(model: str, *, trust_remote_code: bool = False, quantization: str = "none") -> Base:
     """``model`` with its weights on the CPU, for adapters whose forms follow from them.
 
     Raises:
         ConfigError: its weights cannot be read.
     """
-    from transformers import AutoModelForCausalLM
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from weft.adapters.base import Base
+    from weft.server.engine.quantization import load_arguments, settle
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(_source(model), dtype="auto", trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(_source(model), trust_remote_code=trust_remote_code)
+        quantized = load_arguments(quantization, config, torch.device("cpu"))
+        loaded = AutoModelForCausalLM.from_pretrained(
+            _source(model), config=config, dtype="auto", trust_remote_code=trust_remote_code, **quantized
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"base: what the adapter does follows from the weights of {model}, which cannot be read: {error}"
         ) from error
+    settle(loaded, quantized)
     return Base.of(loaded)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from weft.adapters.entries import Derivation
 from weft.adapters.forms import CompiledAdapter
+from weft.adapters.quantized import count_parameters
 from weft.server.config import EngineConfig
 from weft.server.engine import startup
 from weft.server.engine.batch import Batch
@@ -313,7 +314,7 @@ def _describe(config: EngineConfig, loaded: startup.Loaded, seconds: float) -> M
         vocab_size=loaded.vocab_size,
         max_model_len=loaded.max_model_len,
         eos_token_ids=loaded.eos_token_ids,
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=count_parameters(model),
         num_blocks=cache.num_blocks,
         block_size=cache.block_size,
         max_num_seqs=config.max_num_seqs,

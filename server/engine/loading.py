@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from weft.server.config import ConfigError, EngineConfig
+from weft.server.engine import quantization
 from weft.server.engine.attention import UnsupportedModel
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -98,12 +99,13 @@ def max_model_len(config: EngineConfig, hf_config: Any) -> int:
 
 
 def load_model(config: EngineConfig, hf_config: Any, device: torch.device) -> PreTrainedModel:
-    """The frozen base on ``device``, in eval mode, with transformers' own plain attention.
+    """The frozen base on ``device``, in eval mode, quantised if so configured, with transformers' own plain attention.
 
     Raises:
         ConfigError: the checkpoint cannot be loaded, or lacks weights.
     """
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
+    quantized = quantization.load_arguments(config.quantization, hf_config, device)
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -114,6 +116,7 @@ def load_model(config: EngineConfig, hf_config: Any, device: torch.device) -> Pr
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            **quantized,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"model {config.model!r} cannot be loaded: {_first_line(error)}") from error
@@ -126,9 +129,11 @@ def load_model(config: EngineConfig, hf_config: Any, device: torch.device) -> Pr
         raise ConfigError(f"the checkpoint of {config.model!r} lacks {len(missing)} weights, first {missing[0]!r}")
     if info.get("mismatched_keys"):
         raise ConfigError(f"the checkpoint of {config.model!r} has weights of other shapes: {info['mismatched_keys']}")
+    quantization.settle(model, quantized)
     model.eval().requires_grad_(False)
-    move: Any = model  # its ``to`` is typed for the class alone
-    move.to(device)
+    if not quantized:  # else it was loaded there
+        move: Any = model  # its ``to`` is typed for the class alone
+        move.to(device)
     return model
 
 

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from peft import PolyConfig, PrefixTuningConfig
+from peft import OSFConfig, PolyConfig, PrefixTuningConfig
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from tests.support.adapters import make_adapter, make_lora
 from tests.support.models import tiny_model
+from tests.support.quantized import SETTINGS, save_quantized, wide_model
 from weft.adapters.store import digest
 from weft.server.cli import create_cli
 
@@ -146,3 +147,36 @@ def test_what_is_not_there(wrong: str, base: Path, adapter: Path, tmp_path: Path
     assert result.exit_code == 1
     assert str(nowhere) in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_quantised_base(tmp_path: Path) -> None:
+    base = wide_model("llama", tmp_path / "base")
+    lora = make_lora(base, tmp_path / "lora", r=5, target_modules=["q_proj"])
+    dora = make_lora(base, tmp_path / "dora", r=5, target_modules=["q_proj"], use_dora=True)
+    saved = save_quantized(base, tmp_path / "saved", **SETTINGS["int8"])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((base / "config.json").read_bytes())
+    for arguments in ((bare, "--quantization", "nf4"), (bare, "--quantization", "int8"), (saved,)):
+        assert "forms    LowRank" in check(lora, "--base", *arguments).stdout.splitlines()
+    for arguments in ((base, "--quantization", "nf4"), (base, "--quantization", "int8"), (saved,)):
+        assert "forms    LowRank, Gain, Bias" in check(dora, "--base", *arguments).stdout.splitlines()
+    result = check(dora, "--base", bare, "--quantization", "nf4")
+    assert result.exit_code == 1 and "follows from the weights" in result.stderr
+
+
+def test_what_a_quantised_base_does_not_take(base: Path, adapter: Path, tmp_path: Path) -> None:
+    result = check(adapter, "--base", base, "--quantization", "fp4")
+    assert result.exit_code == 1 and "quantization must be one of none, nf4, int8" in result.stderr
+    gptq = tmp_path / "gptq"
+    gptq.mkdir()
+    config = json.loads((base / "config.json").read_text())
+    (gptq / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    result = check(adapter, "--base", gptq)
+    assert result.exit_code == 1 and "quantization_config.quant_method is 'gptq'" in result.stderr
+    osf = make_adapter(base, tmp_path / "osf", OSFConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    assert check(osf, "--base", base).exit_code == 0
+    result = check(osf, "--base", base, "--quantization", "int8")
+    assert result.exit_code == 1 and "OSF is served on unquantised layers only" in result.stderr

@@ -91,6 +91,19 @@ def test_a_bad_value_names_its_origin(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_engines_own_checks_apply() -> None:
     with pytest.raises(ConfigError, match="dtype must be one of"):
         Settings.load(model="m", dtype="float64").engine_config()
+    with pytest.raises(ConfigError, match="quantization must be one of"):
+        Settings.load(model="m", quantization="fp8").engine_config()
+
+
+@pytest.mark.parametrize("origin", ["flag", "environment", "file"])
+def test_quantization_reaches_the_engine(origin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if origin == "environment":
+        monkeypatch.setenv("WEFT_QUANTIZATION", "nf4")
+    elif origin == "file":
+        write('quantization = "nf4"')
+    flags = {"quantization": "nf4"} if origin == "flag" else {}
+    assert Settings.load(model="m", **flags).engine_config().quantization == "nf4"
+    assert Settings.load(model="m", quantization="int8").engine_config().quantization == "int8"
 
 
 @pytest.mark.parametrize(
