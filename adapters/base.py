@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from weft.adapters.errors import BaseWeightsNeeded
+from weft.adapters.mixtures import expert_weights, is_experts, is_router
 from weft.adapters.quantized import Int8Linear, dequantized, is_quantized
 
 
@@ -21,11 +23,14 @@ class Site:
 
     Attributes:
         path: its name in ``model.named_modules()``, e.g. ``model.layers.0.self_attn.q_proj``.
-        kind: ``"linear"`` (weight ``[out, in]``), ``"conv1d"`` (GPT-2's, weight ``[in, out]``), ``"norm"`` or
-            ``"embedding"`` (weight ``[in, out]``).
+        kind: ``"linear"`` (weight ``[out, in]``), ``"conv1d"`` (GPT-2's, weight ``[in, out]``), ``"norm"``,
+            ``"embedding"`` (weight ``[in, out]``), ``"router"`` (a module of its own with a linear's weight) or
+            ``"experts"`` (a parameter that holds a linear for each expert; the path is the parameter's).
         in_features, out_features: widths of input and output, whatever the storage order; an embedding's input is as
             wide as its vocabulary.
         has_bias: whether the base adds a bias here.
+        experts: how many linears the parameter holds; 0 unless the kind is ``"experts"``.
+        transposed: of experts: stored as ``[experts, in, out]``, else ``[experts, out, in]``.
     """
 
     path: str
@@ -33,6 +38,8 @@ class Site:
     in_features: int
     out_features: int
     has_bias: bool
+    experts: int = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ class Base:
         sites: linear modules by path, in the order of ``named_modules()``.
         norms: likewise, modules that have a weight, and perhaps a bias, for each element of what they normalise.
         sublayers: by path, in the order they run; empty for architectures that are not known to have such.
+        parameter_sites: likewise, routers and experts: linears that are no modules of their own, reached by the name of
+            their parameters alone.
         module_paths: every module's path, to tell "not a linear" from "not there".
         dtype: of the base's weights.
         hidden_size: width of the embeddings.
@@ -97,6 +106,7 @@ class Base:
     dtype: torch.dtype
     norms: Mapping[str, Site] = field(default_factory=dict)
     sublayers: Mapping[str, Sublayer] = field(default_factory=dict)
+    parameter_sites: Mapping[str, Site] = field(default_factory=dict)
     hidden_size: int = 0
     kv_heads: int = 0
     head_dim: int = 0
@@ -112,6 +122,7 @@ class Base:
     def of(cls, model: PreTrainedModel) -> Base:
         """Describe ``model`` (a transformers causal LM, on any device, ``meta`` included)."""
         sites, norms = {}, {}
+        parameter_sites: dict[str, Site] = {}
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear | Int8Linear):
                 sites[path] = Site(path, "linear", module.in_features, module.out_features, module.bias is not None)
@@ -119,6 +130,12 @@ class Base:
                 sites[path] = Site(path, "conv1d", module.nx, module.nf, True)
             elif (width := _norm_width(module)) is not None:
                 norms[path] = Site(path, "norm", width, width, getattr(module, "bias", None) is not None)
+            elif is_router(module):
+                outputs, inputs = module.get_parameter("weight").shape
+                has_bias = getattr(module, "bias", None) is not None
+                parameter_sites[path] = Site(path, "router", inputs, outputs, has_bias)
+            elif is_experts(module):
+                parameter_sites |= {site.path: site for site in _experts(path, module)}
         config = model.config
         output = model.get_output_embeddings()
         head = next((path for path, module in model.named_modules() if module is output), None)
@@ -136,6 +153,7 @@ class Base:
             dtype=model.dtype,
             norms=norms,
             sublayers=_sublayers(model),
+            parameter_sites=parameter_sites,
             hidden_size=config.hidden_size,
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -151,7 +169,7 @@ class Base:
         """The module at ``path``, if adapters can attach to it."""
         if self.embedding is not None and path == self.embedding.path:
             return self.embedding
-        return self.sites.get(path) or self.norms.get(path)
+        return self.sites.get(path) or self.norms.get(path) or self.parameter_sites.get(path)
 
     def weight(self, site: Site) -> torch.Tensor:
         """The frozen weight of a site, fp32 on the CPU: ``[out, in]`` of a linear layer whatever its storage order.
@@ -198,6 +216,16 @@ def _sublayers(model: PreTrainedModel) -> dict[str, Sublayer]:
         if name in norms and number.isdecimal():
             found[path] = Sublayer(path, f"{layer}.{norms[name]}", int(number), name != "mlp")
     return found
+
+
+def _experts(path: str, module: Any) -> Iterator[Site]:
+    """The parameters of an experts module that are linears, in the order of the computation."""
+    for name in expert_weights(module):
+        experts, rows, columns = module.get_parameter(name).shape
+        widths = (rows, columns) if module.is_transposed else (columns, rows)
+        yield Site(
+            f"{path}.{name}", "experts", *widths, module.has_bias, experts=experts, transposed=module.is_transposed
+        )
 
 
 def _norm_width(module: nn.Module) -> int | None:

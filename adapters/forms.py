@@ -19,7 +19,7 @@ in its place. The base is never changed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 import torch
@@ -71,16 +71,18 @@ class LowRank:
     """``y += B (A x)`` at one linear site.
 
     Attributes:
-        a: ``[r, in]``.
-        b: ``[out, r]``; every scale of the method is folded in.
+        a: ``[r, in]``; of experts ``[experts * r, in]``, those of one expert together.
+        b: ``[out, r]``; of experts ``[out, experts * r]`` likewise. Every scale of the method is folded in.
+        experts: at a parameter that holds a linear for each expert, how many; 1 elsewhere.
     """
 
     a: torch.Tensor
     b: torch.Tensor
+    experts: int = field(default=1, kw_only=True)
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[0] // self.experts
 
     def parts(self) -> dict[Part, torch.Tensor]:
         return {Part.A: self.a, Part.B: self.b.T}
@@ -327,10 +329,10 @@ class SiteForms:
     def parts(self) -> dict[Part, torch.Tensor]:
         """The rows ``[count, width]`` of every part there is."""
         parts: dict[Part, torch.Tensor] = {}
-        for field in fields(self):
-            form = getattr(self, field.name)
+        for name in (own.name for own in fields(self)):
+            form = getattr(self, name)
             if isinstance(form, torch.Tensor):  # a part of its own name
-                parts[Part(field.name)] = form.unsqueeze(0) if form.ndim == 1 else form
+                parts[Part(name)] = form.unsqueeze(0) if form.ndim == 1 else form
             elif form is not None:
                 parts |= form.parts()
         return parts
@@ -427,7 +429,7 @@ class CompiledAdapter:
     Attributes:
         version: digest of the adapter's content, its identity everywhere past the loader.
         method: how it was trained, for people to read ("LORA").
-        sites: forms by the path of the base's module, as in ``model.named_modules()``.
+        sites: forms by the path of the base's module, as in ``model.named_modules()``, or of experts' parameter.
         prompt: what stands in front of every prompt, if anything.
         choices: what requests choose. The forms are those of one choice: the default, or the lowest.
         invocation: tokens from whose last occurrence in a prompt on the adapter works; empty: from the first token on.

@@ -99,7 +99,8 @@ class SlotPool:
     thread, because it writes only to rows that no published table names.
 
     Args:
-        memory: bytes for rows, split between the widths as low-rank updates of every linear would use them.
+        memory: bytes for rows, split between the widths as low-rank updates of every linear would use them; where the
+            base has experts, half of it as updates of all of them would.
 
     Raises:
         ValueError: ``memory`` does not hold one rank for every site.
@@ -110,18 +111,9 @@ class SlotPool:
         self.dtype = dtype
         self.device = device
         self._base = base
-        widths = Counter[int]()
-        for site in (*base.sites.values(), *((base.embedding,) if base.embedding else ())):
-            widths.update((site.in_features, site.out_features))
-        # Norms within attention are of widths that no linear layer may have; a row for each of their parameters.
-        widths.update(Counter(w for w in _norm_widths(base) if w not in widths))
-        per_rank = sum(width * count for width, count in widths.items()) * dtype.itemsize
-        ranks = memory // per_rank
-        if ranks < 1:
-            raise ValueError(f"adapter memory of {memory} bytes is below the least useful, {per_rank} (rank 1)")
-        self.capacity = {width: ranks * count for width, count in widths.items()}
+        self.capacity = _capacity(base, memory, dtype)
         self._pools = {width: _Pool(width, count, dtype, device) for width, count in self.capacity.items()}
-        self.nbytes_total = ranks * per_rank
+        self.nbytes_total = self._nbytes(Counter(self.capacity))
         self._tables: dict[Place, SlotRows] = {}
         self._parts: dict[str, set[Part]] = {}
         self._ids: dict[tuple[str, int], torch.Tensor] = {}
@@ -275,24 +267,30 @@ class SlotPool:
     def _set(self, place: Place, slot: int, rows: list[int]) -> None:
         """Name the rows of a slot in the table of a place, which is there while some slot has rows."""
         old = self._tables.get(place)
+        site = self._base.module(place[0])
+        experts = site.experts if site is not None else 0
+        entries = max(1, experts)
+        count = len(rows) // entries
         counts = list(old.host_counts) if old else [0] * self.num_slots
-        counts[slot] = len(rows)
+        counts[slot] = count
         if not any(counts):
             self._tables.pop(place, None)
             self._parts.get(place[0], set()).discard(place[1])
             return
+        total = self.num_slots * entries + (1 if experts else 0)
         if old is None:
-            table = torch.zeros(self.num_slots, len(rows), dtype=torch.int32, device=self.device)
+            table = torch.zeros(total, count, dtype=torch.int32, device=self.device)
         else:
             table = old.table
-            if len(rows) > table.shape[1]:
-                table = torch.nn.functional.pad(table, (0, len(rows) - table.shape[1]))
-        device_counts = old.counts if old else torch.zeros(self.num_slots, dtype=torch.int32, device=self.device)
-        table[slot, : len(rows)] = torch.tensor(rows, dtype=torch.int32).to(self.device)
-        device_counts[slot] = len(rows)
+            if count > table.shape[1]:
+                table = torch.nn.functional.pad(table, (0, count - table.shape[1]))
+        device_counts = old.counts if old else torch.zeros(total, dtype=torch.int32, device=self.device)
+        own = slice(slot * entries, (slot + 1) * entries)
+        table[own, :count] = torch.tensor(rows, dtype=torch.int32).view(entries, count).to(self.device)
+        device_counts[own] = count
         pool = self._pools[self._width(place)].rows
         self._parts.setdefault(place[0], set()).add(place[1])
-        self._tables[place] = SlotRows(pool, table, device_counts, tuple(counts))
+        self._tables[place] = SlotRows(pool, table, device_counts, tuple(counts), experts)
 
     def _width(self, place: Place) -> int:
         path, part = place
@@ -330,3 +328,31 @@ class SlotPool:
             self._pools[width].free.check_tiles(rows)
         slots = sorted([*self._placed, *self._free_slots])
         assert slots == list(range(self.num_slots)), "slots are lost or held twice"
+
+
+def _capacity(base: Base, memory: int, dtype: torch.dtype) -> dict[int, int]:
+    """Rows by width: of every share of the memory as many as equal ranks at all its sites take.
+
+    Raises:
+        ValueError: a share does not hold one rank for every site.
+    """
+    plain = [*base.sites.values(), *([base.embedding] if base.embedding else [])]
+    plain += [site for site in base.parameter_sites.values() if not site.experts]
+    experts = [site for site in base.parameter_sites.values() if site.experts]
+    shares = [sites for sites in (plain, experts) if sites]
+    capacity = Counter[int]()
+    for sites in shares:
+        widths = Counter[int]()
+        for site in sites:
+            for width in (site.in_features, site.out_features):
+                widths[width] += max(1, site.experts)
+        if sites is plain:
+            # Norms within attention are of widths that no linear layer may have; a row for each of their parameters.
+            widths.update(Counter(width for width in _norm_widths(base) if width not in widths))
+        per_rank = sum(width * count for width, count in widths.items()) * dtype.itemsize
+        ranks = memory // len(shares) // per_rank
+        if ranks < 1:
+            least = per_rank * len(shares)
+            raise ValueError(f"adapter memory of {memory} bytes is below the least useful, {least} (rank 1)")
+        capacity.update({width: ranks * count for width, count in widths.items()})
+    return dict(capacity)

@@ -54,6 +54,7 @@ def method_sites(
     defaults: Mapping[str, Selector],
     *,
     embeddings: bool = False,
+    optional: bool = False,
 ) -> list[Site]:
     """The sites a config adapts, once all its fields were checked: how the loaders of linear methods begin.
 
@@ -61,10 +62,11 @@ def method_sites(
         fields: every field the method's config can have.
         defaults: the method's own targets by model type, for a config that names none.
         embeddings: the method adapts the token embedding too.
+        optional: the config may target no module at all.
     """
     check_task(checkpoint.config)
     checkpoint.config.check(fields)
-    return targeted_sites(checkpoint.config, base, defaults, embeddings=embeddings)
+    return targeted_sites(checkpoint.config, base, defaults, embeddings=embeddings, optional=optional)
 
 
 def refuse_quantized(sites: Sequence[Site], base: Base, method: str, why: str) -> None:

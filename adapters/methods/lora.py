@@ -22,6 +22,12 @@ from weft.adapters.methods.common import (
     take_biases,
 )
 from weft.adapters.methods.lora_factors import VARIANT_FIELDS, Factors, tensor_name
+from weft.adapters.methods.parameters import (
+    check_conversion,
+    named_as,
+    parameter_factors,
+    targeted_parameters,
+)
 from weft.adapters.methods.targets import TARGET_FIELDS, match_patterns
 from weft.adapters.methods.token_rows import take_trained_tokens, token_module
 
@@ -56,7 +62,9 @@ SHARED_FIELDS = COMMON_FIELDS | FieldTable(
 )
 """Fields of LoraConfig that mean the same to the methods that inherit it."""
 
-FIELDS = SHARED_FIELDS.without("use_dora", "alora_invocation_tokens", *VARIANT_FIELDS) | FieldTable(
+_OWN_FIELDS = ("use_dora", "alora_invocation_tokens", "target_parameters")
+
+FIELDS = SHARED_FIELDS.without(*_OWN_FIELDS, *VARIANT_FIELDS) | FieldTable(
     honoured=(
         *VARIANT_FIELDS,
         "r",
@@ -71,6 +79,7 @@ FIELDS = SHARED_FIELDS.without("use_dora", "alora_invocation_tokens", *VARIANT_F
         "init_lora_weights",
         "ensure_weight_tying",
         "alora_invocation_tokens",
+        "target_parameters",
         *TARGET_FIELDS,
     ),
 )
@@ -108,17 +117,22 @@ class _Scaling:
 def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     """See ``Method.compile_sites``. Every scale is folded into the factors."""
     config = checkpoint.config
-    sites = method_sites(checkpoint, base, FIELDS, defaults.LORA, embeddings=True)
+    parameters_alone = bool(config.value("target_parameters", None))
+    sites = method_sites(checkpoint, base, FIELDS, defaults.LORA, embeddings=True, optional=parameters_alone)
+    check_conversion(config, base)
     factors = Factors.read(config, sites, base)
     _check_tying(config, sites, base)
+    parameters = targeted_parameters(config, base, sites)
     checkpoint.per_request.invocation = invocation_tokens(config, sites, base)
-    scaling = _Scaling.read(config, sites)
+    scaling = _Scaling.read(config, [*sites, *(named_as(name, site) for name, site in parameters.items())])
     with_bias, dora = config.flag("lora_bias"), config.flag("use_dora")
     if with_bias and dora:
         raise AdapterUnsupported("lora_bias with use_dora is not defined, nor does peft make it", param="lora_bias")
+    adapted = {name: _parameter_forms(checkpoint, parameters, name, scaling) for name in parameters}
     _check_names(checkpoint, sites, base)
     biases = take_biases(checkpoint, base, sites)
     forms = _trained_tokens(checkpoint, base)
+    forms |= {parameters[name].path: form for name, form in adapted.items()}
     for site in sites:
         if site is base.embedding:
             forms[site.path] = _embedding_forms(checkpoint, base, site, *scaling.of(site), dora)
@@ -134,6 +148,13 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
 
 def _bias(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
     return checkpoint.tensors.take(tensor_name(checkpoint, site, "lora_B", "bias"), (site.out_features,)).float()
+
+
+def _parameter_forms(checkpoint: Checkpoint, parameters: Mapping[str, Site], name: str, scaling: _Scaling) -> SiteForms:
+    site = parameters[name]
+    rank, scale = scaling.of(named_as(name, site))
+    factors = parameter_factors(checkpoint, list(parameters), name, site, rank)
+    return SiteForms(replace(factors, b=factors.b * scale))
 
 
 def _embedding_forms(checkpoint: Checkpoint, base: Base, site: Site, rank: int, scale: float, dora: bool) -> SiteForms:
@@ -198,7 +219,8 @@ def with_biases(forms: Mapping[str, SiteForms], biases: Mapping[str, torch.Tenso
         if path in base.norms:
             result[path] = SiteForms(bias=bias)
             continue
-        form, own = result.get(path, SiteForms()), base.bias(base.sites[path])
+        form, site = result.get(path, SiteForms()), base.module(path)
+        own = base.bias(site) if site is not None else None
         assert own is not None, "only biases of the base are trained"
         result[path] = replace(form, shift=bias - own if form.shift is None else bias - own + form.shift)
     return result

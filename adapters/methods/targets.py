@@ -31,6 +31,7 @@ def targeted_sites(
     *,
     norms: bool = False,
     embeddings: bool = False,
+    optional: bool = False,
 ) -> list[Site]:
     """The sites the config adapts, in the base's order.
 
@@ -38,6 +39,7 @@ def targeted_sites(
         defaults: the method's own targets by model type, for a config that names none.
         norms: the method adapts norms, not linear layers.
         embeddings: the method adapts the token embedding too.
+        optional: the config may target no module at all.
 
     Raises:
         AdapterFormatError: the fields contradict each other or hold a bad pattern.
@@ -56,6 +58,8 @@ def targeted_sites(
         raise AdapterFormatError(
             "layers_pattern needs layers_to_transform, and target_modules as a list", param="layers_pattern"
         )
+    if optional and targets is None and base.model_type not in defaults:
+        return []
     targets = _resolve(targets, base, defaults)
     paths: Sequence[str] = [path for path in base.module_paths if path]
     if excluded:
@@ -64,7 +68,7 @@ def targeted_sites(
     paths = _select(targets, paths, "target_modules")
     if layers and not isinstance(targets, str):
         paths = _in_layers(paths, targets, layers, layer_patterns)
-    if not paths:
+    if not paths and not optional:
         raise AdapterMismatch(
             f"target_modules={show(targets)} selects no module of this {base.model_type} model", param="target_modules"
         )

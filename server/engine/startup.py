@@ -12,6 +12,7 @@ import torch
 from weft.adapters.base import Base
 from weft.adapters.forms import CompiledAdapter
 from weft.adapters.methods import compile_adapter
+from weft.adapters.mixture_sites import attach_mixtures
 from weft.adapters.residency import Residency
 from weft.adapters.sites import attach_sites
 from weft.adapters.slots import SlotPool
@@ -80,7 +81,9 @@ def _load(config: EngineConfig, progress: Progress) -> Loaded:
     base = Base.of(model)
     pool = _slot_pool(config, base, model.dtype, device)
     base = replace(base, adapter_memory=pool.nbytes_total)
-    runner = ModelRunner(model, cache, attach_sites(model, base, pool), device)
+    rows = attach_sites(model, base, pool)
+    attach_mixtures(model, base, pool, rows)
+    runner = ModelRunner(model, cache, rows, device)
     selfcheck.verify(runner, reference, limit)
 
     def compile_folder(folder: Path, version: str, chosen: Mapping[str, int] | None = None) -> CompiledAdapter:

@@ -39,7 +39,6 @@ def refusal(folder: Path, tiny: TinyBase, **options: Any) -> AdapterError:
 
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "target_parameters": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
     "task_type": {"task_type": "SEQ_2_SEQ_LM"},
 }

@@ -17,17 +17,18 @@ from weft.adapters.forms import CompiledAdapter, GatedPrefix, RoutedLowRank, Sit
 
 
 def dense_delta(forms: SiteForms) -> torch.Tensor:
-    """``B A``, ``[out, in]`` in fp64: what the adapter adds to the weight of an ``nn.Linear``."""
+    """``B A`` in fp64, ``[out, in]``, of experts ``[experts, out, in]``: what the adapter adds to a linear's weight."""
     assert forms.low_rank is not None
-    return forms.low_rank.b.double() @ forms.low_rank.a.double()
+    a, b, experts = forms.low_rank.a.double(), forms.low_rank.b.double(), forms.low_rank.experts
+    if experts == 1:
+        return b @ a
+    return b.view(len(b), experts, -1).transpose(0, 1) @ a.view(experts, -1, a.shape[1])
 
 
 @contextmanager
 def applied(model: nn.Module, adapter: CompiledAdapter) -> Iterator[None]:
-    """Add each site's forms to the output of its module, in fp32."""
+    """Add each site's forms to the output of its module, or where they are of a parameter to that, in fp32."""
     queries: list[torch.Tensor] = []
-    hooks = {path: _hook(forms, queries) for path, forms in adapter.sites.items()}
-    handles = [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
     source = sys.modules[type(model).__module__]
     eager = source.eager_attention_forward
 
@@ -35,12 +36,29 @@ def applied(model: nn.Module, adapter: CompiledAdapter) -> Iterator[None]:
         queries[:] = [query]
         return eager(module, query, *args, **kwargs)
 
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    handles, originals = [], {}
+    for path, forms in adapter.sites.items():
+        module = modules.get(path)
+        if module is not None and not path.endswith((".gate", ".router")):
+            handles.append(module.register_forward_hook(_hook(forms, queries)))
+            continue
+        weight, bias = parameters[path if module is None else f"{path}.weight"], parameters.get(f"{path}.bias")
+        update = dense_delta(forms) if forms.low_rank else forms.delta
+        originals |= {p: p.detach().clone() for p in (weight, bias) if p is not None}
+        if update is not None:
+            # GPT-OSS alone has biases beside its experts, and stores their weights as [experts, in, out].
+            weight.data += update.float().mT if f"{path}_bias" in parameters else update.float()
+        if bias is not None and forms.shift is not None:
+            bias.data += forms.shift
     try:
         with mock.patch.object(source, "eager_attention_forward", watched):
             yield
     finally:
         for handle in handles:
             handle.remove()
+        for parameter, original in originals.items():
+            parameter.data.copy_(original)
 
 
 def _found(prefix: GatedPrefix, query: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,12 @@ _LLAMA_SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
 }
 _OWN_HEAD_DIM: dict[str, Any] = {**_LLAMA_SHAPE, "head_dim": 20}
+
+
+def _experts(count: str) -> dict[str, Any]:
+    return {count: 5, "num_experts_per_tok": 2}
+
+
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**_OWN_HEAD_DIM, "attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {**_OWN_HEAD_DIM, "sliding_window": 8}),
@@ -83,16 +89,79 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "starcoder2": ("starcoder2", {**_LLAMA_SHAPE, "sliding_window": None, "use_bias": True}),
+    "mixtral": ("mixtral", {**_OWN_HEAD_DIM, **_experts("num_local_experts"), "sliding_window": None}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **_OWN_HEAD_DIM,
+            **_experts("num_experts"),
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **_OWN_HEAD_DIM,
+            **_experts("num_local_experts"),
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "swiglu_limit": 2.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+            "attention_bias": True,
+        },
+    ),
+    "olmoe": ("olmoe", {**_LLAMA_SHAPE, **_experts("num_experts")}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **_LLAMA_SHAPE,
+            **_experts("num_experts"),
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 56,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_LLAMA_SHAPE,
+            "num_key_value_heads": 4,
+            **_experts("n_routed_experts"),
+            "moe_intermediate_size": 40,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 12,
+            "v_head_dim": 20,
+        },
+    ),
 }
 
-ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGS)
+MIXTURES: tuple[str, ...] = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe", "qwen2_moe", "deepseek_v3")
+"""Those with experts."""
+
+ARCHITECTURES: tuple[str, ...] = tuple(name for name in _CONFIGS if name not in MIXTURES)
+"""The others."""
 
 
 def tiny_model(arch: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
     """Save a random model of architecture ``arch`` to ``folder`` and return ``folder``.
 
     Args:
-        arch: one of ``ARCHITECTURES``.
+        arch: one of ``ARCHITECTURES`` or ``MIXTURES``.
         seed: of the weights; two models of one seed and configuration are equal.
         dtype: of the saved weights.
         overrides: fields of the transformers config, e.g. ``num_hidden_layers=1`` or ``tie_word_embeddings=True``.
@@ -124,6 +193,11 @@ def _randomise(model: PreTrainedModel) -> None:
             module.weight.normal_(std=1.0)
         else:
             for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 1 and not name.endswith("_bias"):  # routers and experts
+                    is_transposed = getattr(module, "is_transposed", False)
+                    fan_in = parameter.shape[-2 if is_transposed else -1]
+                    parameter.normal_(std=(4.0 if parameter.ndim == 2 else 1.0) / math.sqrt(fan_in))
+                    continue
                 gain = _norm_gain(name, parameter, width)
                 parameter.normal_(mean=gain, std=0.2)
     # Logits of about 3 in size; where the head is tied, the embedding must not drown what the layers add to it.
