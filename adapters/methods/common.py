@@ -66,7 +66,15 @@ def method_sites(
     """
     check_task(checkpoint.config)
     checkpoint.config.check(fields)
-    return targeted_sites(checkpoint.config, base, defaults, embeddings=embeddings, optional=optional)
+    sites = targeted_sites(checkpoint.config, base, defaults, embeddings=embeddings, optional=optional)
+    names = checkpoint.config.names("modules_to_save") or ()
+    endings = (names,) if isinstance(names, str) else names
+    for site in sites:
+        if endings and f"{PREFIX}{site.path}".endswith(endings):
+            raise AdapterUnsupported(
+                f"modules_to_save replaces {show(site.path)}, which is also adapted", param="modules_to_save"
+            )
+    return sites
 
 
 def refuse_quantized(sites: Sequence[Site], base: Base, method: str, why: str) -> None:

@@ -106,6 +106,8 @@ def experts_adapter(tiny: TinyBase, folder: Path) -> Path:
         ({"target_parameters": "gate_up_proj"}, "target_parameters", "list"),
         ({"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]}, "target_parameters", "q_proj"),
         ({"use_dora": True}, "use_dora", "peft refuses"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens", "peft refuses"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights", "not recomputed"),
         ({"lora_bias": True}, "lora_bias", "peft refuses"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out", "peft refuses"),
         ({"lora_dropout": 0.1}, "lora_dropout", "peft refuses"),
