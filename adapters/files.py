@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
@@ -124,7 +124,9 @@ def members(folder: Path) -> list[str]:
     names = _listed(folder)
     if CONFIG in names or ROUTER not in names:
         return []
-    found = [name for name in _subfolders(folder) if (folder / name / CONFIG).is_file()]
+    # Links too, so that opening one says what is wrong with it.
+    found = sorted(name for name in names if _FOLDER.fullmatch(name) and (folder / name / CONFIG).is_file())
+    _check_count(found)
     return found if ROUTER in found else []
 
 
@@ -160,9 +162,13 @@ def _listed(folder: Path) -> set[str]:
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         found = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and _FOLDER.fullmatch(e.name))
-    if len(found) > MAX_FOLDERS:
-        raise AdapterTooLarge(f"the adapter has {len(found)} sub-folders; the limit is {MAX_FOLDERS}", param=SETUP)
+    _check_count(found)
     return found
+
+
+def _check_count(folders: Sequence[str]) -> None:
+    if len(folders) > MAX_FOLDERS:
+        raise AdapterTooLarge(f"the adapter has {len(folders)} sub-folders; the limit is {MAX_FOLDERS}", param=CONFIG)
 
 
 def missing_weights(names: set[str]) -> str:

@@ -21,11 +21,11 @@ from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterMismatch, AdapterUnsupported
 from weft.adapters.forms import GatedPrefix, SiteForms
-from weft.adapters.methods.common import COMMON_FIELDS, PREFIX, check_task
+from weft.adapters.methods.common import CONFIG_FIELDS, PREFIX, check_task
 
 MAX_LENGTH = 1 << 14
 
-FIELDS = COMMON_FIELDS | FieldTable(honoured=("target_modules", "adapter_len", "adapter_layers"))
+FIELDS = CONFIG_FIELDS | FieldTable(honoured=("target_modules", "adapter_len", "adapter_layers"))
 """Every field of peft 0.21.2's AdaptionPromptConfig."""
 
 

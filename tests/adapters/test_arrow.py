@@ -104,7 +104,7 @@ def test_tensors_of_every_member_are_accounted_for(member: str, llama: TinyBase,
         (LoraConfig(r=4, target_modules=["q_proj"]), "other ranks"),
         (LoraConfig(r=3, target_modules=["q_proj", "v_proj"]), "same modules"),
         (LoraConfig(r=3, target_modules=["q_proj"], layers_to_transform=[0]), "same modules"),
-        (LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"]), "no place"),
+        (LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"]), "replaces a weight"),
         (LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"], alora_invocation_tokens=[5]), "activated"),
     ],
 )

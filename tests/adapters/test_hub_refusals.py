@@ -98,7 +98,7 @@ def test_the_least_that_a_folder_needs(name: str, config: dict[str, object], bas
         one, other = forms.bottleneck, expected.sites[path].bottleneck
         assert one is not None and other is not None
         assert (one.input, one.activation) == (other.input, other.activation)
-        assert all(rows.equal(other.rows()[part]) for part, rows in one.rows().items())
+        assert all(rows.equal(other.parts()[part]) for part, rows in one.parts().items())
 
 
 def test_a_union_has_sites_and_a_prompt(base: Base) -> None:

@@ -49,7 +49,6 @@ def refusal(folder: Path, tiny: TinyBase) -> AdapterError:
     ("kind", "field", "value", "error"),
     [
         ("poly", "poly_type", "mhr", AdapterUnsupported),
-        ("poly", "modules_to_save", ["norm"], AdapterUnsupported),
         ("poly", "task_type", "SEQ_2_SEQ_LM", AdapterUnsupported),
         ("poly", "later", 1, AdapterUnsupported),
         ("poly", "r", 0, AdapterFormatError),
@@ -68,7 +67,6 @@ def refusal(folder: Path, tiny: TinyBase) -> AdapterError:
         ("dylora", "use_dora", True, AdapterUnsupported),
         ("dylora", "lora_bias", True, AdapterUnsupported),
         ("dylora", "bias", "all", AdapterUnsupported),
-        ("dylora", "modules_to_save", ["norm"], AdapterUnsupported),
         ("dylora", "trainable_token_indices", [5], AdapterUnsupported),
         ("dylora", "init_lora_weights", "pissa", AdapterUnsupported),
         ("dylora", "alora_invocation_tokens", [5], AdapterUnsupported),

@@ -215,7 +215,7 @@ def test_memory_below_one_rank_per_site_is_an_error() -> None:
 def test_integers_among_the_rows_keep_every_bit(dtype: torch.dtype) -> None:
     """Some columns are signalling NaNs in 16 bits."""
     columns = torch.tensor([0, 1, 0x7C01, 0x7F81, 0x7FC1, 0xFF81], dtype=torch.int32)
-    base = replace(BASE, sites={"a": Site("a", "linear", 1 << 16, 2, False)})
+    base = replace(BASE, sites={"a": Site("a", "linear", 1 << 16, 2, False)}, sublayers={})
     pool = SlotPool(base, num_slots=1, memory=1 << 22, dtype=dtype, device=torch.device("cpu"))
     values = torch.randn(6).to(dtype)
     update = Sparse(torch.tensor([0, 2, 6], dtype=torch.int32), columns, values, 1 << 16)

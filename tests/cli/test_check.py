@@ -126,10 +126,10 @@ def test_a_missing_tensor_is_named(base: Path, adapter: Path) -> None:
 
 
 def test_an_option_that_cannot_be_honoured_is_named(base: Path, adapter: Path) -> None:
-    edit_config(adapter, use_qalora=True)
+    edit_config(adapter, layer_replication=[[0, 2], [1, 3]])
     result = check(adapter, "--base", base)
     assert result.exit_code == 1
-    assert "use_qalora" in result.stderr
+    assert "layer_replication" in result.stderr
     assert "(adapter_unsupported)" in result.stderr
 
 

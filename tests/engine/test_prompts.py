@@ -146,7 +146,7 @@ def test_pages_return_when_adapters_go(llama: Zoo) -> None:
     for name in llama.adapters:
         driver.add([5, 6, 7], name)
     driver.run()
-    assert driver.engine.stats().blocks_used == 2 + 1 + 1 + 1 + 3 + 1 + 2
+    assert driver.engine.stats().blocks_used == 2 + 1 + 1 + 1 + 3 + 1 + 2 + 1 + 2
     for name in llama.adapters:
         driver.engine.unregister_adapter(name)
     driver.engine.poll()

@@ -70,6 +70,7 @@ class QuantizedReference(PeftReference):
                 warnings.simplefilter("ignore")
                 model = PeftModel.from_pretrained(model, str(adapter))
         self.model = _by_rows(model)
+        self._arguments = {}
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         for module in self.model.modules():

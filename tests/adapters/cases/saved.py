@@ -6,7 +6,7 @@ from copy import deepcopy
 
 from peft import IA3Config, LoraConfig, PeftConfig
 
-from tests.adapters.cases import basic, lora_kinds, products, spectra
+from tests.adapters.cases import basic, lora_kinds, products, spectra, tasks
 from tests.adapters.cases.basic import GPT2_LINEARS, TASK
 
 WHOLE = (["input_layernorm", "model.norm"], ["embed_tokens"], ["lm_head", "post_attention_layernorm"])
@@ -16,7 +16,7 @@ def _one_of_each() -> dict[str, PeftConfig]:
     """The first case of every method that trains neither norms nor the embedding, with other modules each time."""
     chosen: dict[str, PeftConfig] = {}
     methods = {"LN_TUNING", "TRAINABLE_TOKENS"}
-    for name, config in {**basic.CASES, **products.CASES, **spectra.CASES, **lora_kinds.CASES}.items():
+    for name, config in {**basic.CASES, **products.CASES, **spectra.CASES, **lora_kinds.CASES, **tasks.CASES}.items():
         if config.peft_type.value not in methods:
             methods.add(config.peft_type.value)
             chosen[f"{name}_saved"] = copy = deepcopy(config)
