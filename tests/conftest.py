@@ -25,3 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def repository() -> Path:
     """The root of the checkout."""
     return REPOSITORY
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-matrix", action="store_true", help="rewrite the README's table of what is served")

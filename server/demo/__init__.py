@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
@@ -15,7 +16,34 @@ EXAMPLES = {
     "arithmetic": "Problem: Mia packs 6 boxes with 7 apples each. How many apples is that?\nSolution:",
     "translate": "English: The bank did not approve the new loan in March.\nGerman:",
 }
-"""An example prompt for every adapter that is shipped, by its id."""
+"""An example prompt for every task."""
+
+
+@dataclass(frozen=True)
+class DemoAdapter:
+    """What an adapter of the demo was trained for, and how.
+
+    Attributes:
+        task: one of ``EXAMPLES``.
+        method: as people call it.
+        least: the share of held-out examples it must get right.
+    """
+
+    task: str
+    method: str = "LoRA"
+    least: float = 0.9
+
+
+ADAPTERS = {task: DemoAdapter(task) for task in EXAMPLES} | {
+    "extract-dora": DemoAdapter("extract", "DoRA"),
+    "data2text-adalora": DemoAdapter("data2text", "AdaLoRA"),
+    "formal-ia3": DemoAdapter("formal", "IA3"),
+    "classify-prefix": DemoAdapter("classify", "prefix tuning"),
+    "classify-prompt": DemoAdapter("classify", "prompt tuning", least=0.85),
+    "classify-p-tuning": DemoAdapter("classify", "P-tuning"),
+    "translate-bottleneck": DemoAdapter("translate", "bottleneck"),
+}
+"""Every adapter that is shipped, by its id."""
 
 
 def demo_model() -> Path:
@@ -24,15 +52,15 @@ def demo_model() -> Path:
 
 
 def adapter_path(adapter: str) -> Path:
-    """The folder of one adapter, as peft saves it."""
+    """The folder of one adapter, as its library saves it."""
     return ASSETS / "adapters" / adapter
 
 
 def demo_adapters() -> dict[str, Path]:
     """The folders of all adapters by id."""
-    return {adapter: adapter_path(adapter) for adapter in EXAMPLES}
+    return {adapter: adapter_path(adapter) for adapter in ADAPTERS}
 
 
 def demo_examples() -> dict[str, str]:
     """An example prompt for every adapter by id."""
-    return dict(EXAMPLES)
+    return {id: EXAMPLES[adapter.task] for id, adapter in ADAPTERS.items()}

@@ -2,7 +2,7 @@
 
     python -m weft.server.demo.evaluate
 
-Every task is asked as a plain prompt and as a chat, of the base model and of the task's adapter.
+Every task is asked as a plain prompt and as a chat, of the base model and of the task's adapters.
 All these requests go through the engine at once; then each adapter answers its own requests
 alone, which must give the same tokens. The exit status is 1 where an adapter is right too
 rarely, the base model too often, or the mixed batch changed an answer.
@@ -19,12 +19,11 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
 from weft.server import LLM, SamplingParams
-from weft.server.demo import demo_adapters, demo_model
+from weft.server.demo import ADAPTERS, demo_adapters, demo_model
 from weft.server.demo.batches import chat_prompt
 from weft.server.demo.tasks import TASKS, held_out
 
 RENDERINGS = ("plain", "chat")
-LEAST_ADAPTER = 0.90
 MOST_BASE = 0.20
 MAX_TOKENS = 64
 
@@ -55,15 +54,16 @@ class Answer:
 
 
 def questions(count: int) -> list[Question]:
-    """`count` held-out examples of every task, in both renderings, for the base and for the adapter."""
+    """`count` held-out examples of every task, in both renderings, for the base and for the task's adapters."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(demo_model())
     asked = []
-    for task in map(TASKS.__getitem__, demo_adapters()):
+    for task in TASKS.values():
+        adapters = [None, *(id for id, adapter in ADAPTERS.items() if adapter.task == task.id)]
         for example in held_out(task, count):
             # The engine puts the begin token before every prompt, as the tokenizer does by default.
             chat = chat_prompt(tokenizer, example.prompt).removeprefix(tokenizer.bos_token)
             for rendering, prompt in zip(RENDERINGS, (example.prompt, chat), strict=True):
-                for adapter in (None, task.id):
+                for adapter in adapters:
                     asked.append(Question(task.id, rendering, adapter, prompt, example.completion))
     return asked
 
@@ -96,20 +96,21 @@ def share_right(answers: list[Answer]) -> float:
 
 
 def report(mixed: list[Answer], alone: dict[Question, Answer]) -> bool:
-    """Print one row for each task and rendering, and say whether all of them are as they must be."""
-    table = Table("adapter", "rendering", "examples", "base", "adapter right", "mixed = alone", title="Exact match")
+    """Print one row for each adapter and rendering, and say whether all of them are as they must be."""
+    columns = ("adapter", "method", "rendering", "examples", "base", "adapter right", "mixed = alone")
+    table = Table(*columns, title="Exact match")
     passed = True
-    for task in demo_adapters():
+    for id, adapter in ADAPTERS.items():
         for rendering in RENDERINGS:
-            cell = [a for a in mixed if a.question.task == task and a.question.rendering == rendering]
+            cell = [a for a in mixed if a.question.task == adapter.task and a.question.rendering == rendering]
             base = share_right([answer for answer in cell if answer.question.adapter is None])
-            adapted = [answer for answer in cell if answer.question.adapter is not None]
+            adapted = [answer for answer in cell if answer.question.adapter == id]
             right = share_right(adapted)
             same = sum(answer.token_ids == alone[answer.question].token_ids for answer in adapted)
-            good = right >= LEAST_ADAPTER and base <= MOST_BASE and same == len(adapted)
+            good = right >= adapter.least and base <= MOST_BASE and same == len(adapted)
             passed = passed and good
-            row = (task, rendering, str(len(adapted)), f"{base:.1%}", f"{right:.1%}", f"{same}/{len(adapted)}")
-            table.add_row(*row, style=None if good else "red")
+            shares = (str(len(adapted)), f"{base:.1%}", f"{right:.1%}", f"{same}/{len(adapted)}")
+            table.add_row(id, adapter.method, rendering, *shares, style=None if good else "red")
     Console().print(table)
     return passed
 

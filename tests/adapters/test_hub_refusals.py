@@ -108,7 +108,7 @@ def test_a_union_has_sites_and_a_prompt(base: Base) -> None:
 
 
 def test_memory_is_what_the_tensors_need(base: Base) -> None:
-    hidden, layers, units = 32, 3, 8
+    hidden, layers, units = 48, 3, 12
     adapter = compile_adapter(FOLDER / "llama" / "seq_bn", base, version="v")
     assert adapter.nbytes == 4 * layers * (2 * units * hidden + 2 * hidden)
     assert set(adapter.sites) == {f"model.layers.{layer}.mlp" for layer in range(layers)}

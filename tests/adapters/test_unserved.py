@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LilyConfig, PeftConfig, ShadowConfig, XLoraConfig, get_peft_model
+from peft import LilyConfig, PeftConfig, PeftType, ShadowConfig, XLoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.adapters.conftest import TinyBase
@@ -67,3 +67,7 @@ def test_peft_loses_the_classifier_of_x_lora(depth: int, llama: TinyBase, tmp_pa
     assert "lacks" in refusal(tmp_path / "x", llama).message
     edit_tensors(tmp_path / "x", lambda tensors: {**tensors, CLASSIFIER: torch.ones(2, 48)})
     assert "runs the base twice" in refusal(tmp_path / "x", llama).message
+
+
+def test_every_type_of_peft_is_served_or_has_its_reason() -> None:
+    assert {kind.value for kind in PeftType} == set(METHODS) | set(PROMPT_METHODS) | set(REASONS)

@@ -20,14 +20,19 @@ from transformers import PreTrainedTokenizerFast
 from tests.support.models import tiny_model
 
 WEFT = Path(sys.executable).with_name("weft")
-START_SECONDS = 120
+START_SECONDS = 240
 
 
 def base_with_tokenizer(folder: Path, **config: object) -> Path:
     """A random Llama whose 256 tokens are the bytes."""
     tiny_model("llama", folder, vocab_size=256, **config)
-    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    return add_tokenizer(folder, 256)
+
+
+def add_tokenizer(folder: Path, vocab_size: int) -> Path:
+    """Give a model a tokenizer whose tokens are the first so many bytes."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())[:vocab_size]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
