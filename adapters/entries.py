@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weft.adapters.errors import AdapterError
 from weft.adapters.forms import CompiledAdapter
-from weft.adapters.slots import Layout, Placement
+from weft.adapters.layout import Layout, Placement
 
 TIERS = ("disk", "host", "loading", "device")
 """From the farthest to the nearest."""

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from weft.adapters.base import Base
-from weft.adapters.forms import Part
 from weft.adapters.mixtures import LinearCalls, expert_weights
+from weft.adapters.parts import Part
 from weft.adapters.sites import ActiveRows, LinearSite
 from weft.adapters.slots import SlotPool
 from weft.kernels.expert_groups import expert_groups

@@ -13,7 +13,8 @@ from pathlib import Path
 from weft.adapters.entries import TIERS, Derivation, Entry, Upload
 from weft.adapters.errors import AdapterError, AdapterUnsupported
 from weft.adapters.forms import CompiledAdapter, Prompt
-from weft.adapters.slots import Layout, Placement, SlotPool
+from weft.adapters.layout import Layout, Placement
+from weft.adapters.slots import SlotPool
 
 Compile = Callable[[Path, str], CompiledAdapter]
 """Reads a folder and compiles it, given its version; raises AdapterError."""

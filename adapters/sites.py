@@ -10,7 +10,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from weft.adapters.base import Base
-from weft.adapters.forms import Part
+from weft.adapters.parts import Part
 from weft.adapters.slots import SlotPool
 from weft.adapters.sublayers import SublayerHooks
 from weft.kernels.dispatch import backend

@@ -8,71 +8,21 @@ nothing (S-LoRA's unified paging with pages of one row, by width).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
 
 import torch
 
 from weft.adapters.base import Base
 from weft.adapters.errors import AdapterTooLarge
-from weft.adapters.forms import CompiledAdapter, Fusion, FusionShape, Part
+from weft.adapters.forms import CompiledAdapter
 from weft.adapters.free_rows import FreeRows
-from weft.kernels.activations import Activation
-from weft.kernels.grouped_bottleneck import Bottlenecks, Input
+from weft.adapters.layout import Kind, Layout, Place, Placement, capacity_of
+from weft.adapters.parts import Fusion, Part
+from weft.kernels.grouped_bottleneck import Bottlenecks
 from weft.kernels.slot_rows import SlotRows
 
-Place = tuple[str, Part]
-"""A site's path and a part of an adapter there."""
-
 NO_PARTS: frozenset[Part] = frozenset()
-Kind = tuple[Input, Activation]
-"""What a bottleneck is beside its rows."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What an adapter needs, known without its tensors.
-
-    Attributes:
-        rows: how many rows it has at each place; places without any are absent.
-        ids: the tokens of ``Part.ROWS`` by path.
-        numbers: what goes with a part and is no row; see ``SiteForms.numbers``.
-        kinds: input and activation of bottlenecks by path.
-        fusions: likewise, of fusions.
-    """
-
-    rows: Mapping[Place, int]
-    ids: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    numbers: Mapping[Place, int] = field(default_factory=dict)
-    kinds: Mapping[str, Kind] = field(default_factory=dict)
-    fusions: Mapping[str, FusionShape] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, adapter: CompiledAdapter) -> Layout:
-        counts = {
-            (path, part): len(rows)
-            for path, forms in adapter.sites.items()
-            for part, rows in forms.parts().items()
-            if len(rows)
-        }
-        sites = adapter.sites.items()
-        return cls(
-            counts,
-            {path: forms.rows.ids for path, forms in sites if forms.rows},
-            {(path, part): number for path, forms in sites for part, number in forms.numbers().items()},
-            {path: (forms.bottleneck.input, forms.bottleneck.activation) for path, forms in sites if forms.bottleneck},
-            {path: forms.fusion.shape for path, forms in sites if forms.fusion},
-        )
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where an adapter goes: its slot, and its rows in the pools by place. Nobody else writes there."""
-
-    slot: int
-    layout: Layout
-    rows: Mapping[Place, list[int]]
 
 
 class _Pool:
@@ -86,10 +36,6 @@ class _Pool:
         """Copy ``rows`` ``[len(where), width]`` to their places."""
         index = torch.tensor(where).to(self.rows.device, non_blocking=True)
         self.rows.index_copy_(0, index, rows.to(self.rows, non_blocking=True))
-
-
-def _norm_widths(base: Base) -> Iterable[int]:
-    return (norm.out_features for norm in base.norms.values() for _ in range(1 + norm.has_bias))
 
 
 class SlotPool:
@@ -111,7 +57,7 @@ class SlotPool:
         self.dtype = dtype
         self.device = device
         self._base = base
-        self.capacity = _capacity(base, memory, dtype)
+        self.capacity = capacity_of(base, memory, dtype)
         self._pools = {width: _Pool(width, count, dtype, device) for width, count in self.capacity.items()}
         self.nbytes_total = self._nbytes(Counter(self.capacity))
         self._tables: dict[Place, SlotRows] = {}
@@ -328,31 +274,3 @@ class SlotPool:
             self._pools[width].free.check_tiles(rows)
         slots = sorted([*self._placed, *self._free_slots])
         assert slots == list(range(self.num_slots)), "slots are lost or held twice"
-
-
-def _capacity(base: Base, memory: int, dtype: torch.dtype) -> dict[int, int]:
-    """Rows by width: of every share of the memory as many as equal ranks at all its sites take.
-
-    Raises:
-        ValueError: a share does not hold one rank for every site.
-    """
-    plain = [*base.sites.values(), *([base.embedding] if base.embedding else [])]
-    plain += [site for site in base.parameter_sites.values() if not site.experts]
-    experts = [site for site in base.parameter_sites.values() if site.experts]
-    shares = [sites for sites in (plain, experts) if sites]
-    capacity = Counter[int]()
-    for sites in shares:
-        widths = Counter[int]()
-        for site in sites:
-            for width in (site.in_features, site.out_features):
-                widths[width] += max(1, site.experts)
-        if sites is plain:
-            # Norms within attention are of widths that no linear layer may have; a row for each of their parameters.
-            widths.update(Counter(width for width in _norm_widths(base) if width not in widths))
-        per_rank = sum(width * count for width, count in widths.items()) * dtype.itemsize
-        ranks = memory // len(shares) // per_rank
-        if ranks < 1:
-            least = per_rank * len(shares)
-            raise ValueError(f"adapter memory of {memory} bytes is below the least useful, {least} (rank 1)")
-        capacity.update({width: ranks * count for width, count in widths.items()})
-    return dict(capacity)

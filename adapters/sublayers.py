@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from weft.adapters.forms import Bottleneck, Fusion, Part
+from weft.adapters.parts import Bottleneck, Fusion, Part
 from weft.adapters.slots import SlotPool
 from weft.kernels.activations import activate
 from weft.kernels.grouped_bottleneck import grouped_bottleneck

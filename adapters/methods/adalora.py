@@ -8,10 +8,11 @@ from weft.adapters.base import Base
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, Neutral, show
 from weft.adapters.errors import AdapterFormatError
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults, lora
 from weft.adapters.methods.common import PREFIX, method_sites, site_tensor, take_biases
 from weft.adapters.methods.targets import TARGET_FIELDS
+from weft.adapters.parts import LowRank
 
 EPSILON = 1e-5
 """peft adds it to the rank it divides by."""

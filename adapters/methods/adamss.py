@@ -12,12 +12,13 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, show
 from weft.adapters.errors import AdapterMismatch, AdapterUnsupported
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import COMMON_FIELDS, DECOMPOSED, PREFIX, method_sites, refuse_quantized, site_tensor
 from weft.adapters.methods.factors import MAX_RANK, refuse_conv1d
 from weft.adapters.methods.places import SEEDS
 from weft.adapters.methods.psoft import sketched_svd
+from weft.adapters.parts import LowRank
 
 KMEANS_SEED = 123456789
 KMEANS_STEPS = 10

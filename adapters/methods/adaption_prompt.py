@@ -20,8 +20,9 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterMismatch, AdapterUnsupported
-from weft.adapters.forms import GatedPrefix, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods.common import CONFIG_FIELDS, PREFIX, check_task
+from weft.adapters.parts import GatedPrefix
 
 MAX_LENGTH = 1 << 14
 

@@ -16,10 +16,11 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, Neutral, as_integer, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
-from weft.adapters.forms import LowRank, RoutedLowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults, lora, lora_factors
 from weft.adapters.methods.common import method_sites, site_tensor, take_base_copies
 from weft.adapters.methods.targets import TARGET_FIELDS
+from weft.adapters.parts import LowRank, RoutedLowRank
 from weft.kernels.routed_lora import MAX_EXPERTS
 
 ITERATIONS = 15

@@ -17,8 +17,9 @@ from weft.adapters.checkpoint import is_finite
 from weft.adapters.config_fields import show
 from weft.adapters.difference_file import read_difference_file
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported, BaseWeightsNeeded
-from weft.adapters.forms import SiteForms, TokenRows
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods.places import sparse_update
+from weft.adapters.parts import TokenRows
 
 MAX_PLACES = (1 << 31) - 1
 """The reference counts places in 32 bits."""

@@ -14,12 +14,13 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.choices import Choice
 from weft.adapters.config_fields import FieldTable, Neutral
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import PREFIX, method_sites
 from weft.adapters.methods.lora import MAX_RANK, SHARED_FIELDS
 from weft.adapters.methods.lora_factors import HARMLESS_INITS
 from weft.adapters.methods.targets import TARGET_FIELDS
+from weft.adapters.parts import LowRank
 
 FIELDS = SHARED_FIELDS | FieldTable(
     honoured=("r", "lora_alpha", *TARGET_FIELDS),

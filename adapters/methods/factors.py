@@ -9,10 +9,11 @@ import torch
 from weft.adapters.base import Site
 from weft.adapters.config_fields import ConfigFields, FieldTable, as_integer, as_number, show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import lora
 from weft.adapters.methods.common import COMMON_FIELDS
 from weft.adapters.methods.targets import match_patterns
+from weft.adapters.parts import LowRank
 
 MAX_RANK = lora.MAX_RANK
 MAX_PROJECTION = 1 << 28

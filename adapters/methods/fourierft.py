@@ -12,12 +12,13 @@ import torch
 from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults, factors
 from weft.adapters.methods.common import check_memory, method_sites, site_tensor, take_biases
 from weft.adapters.methods.lora import with_biases
 from weft.adapters.methods.places import SEEDS, TRANSPOSED_FIELDS, RandomPlaces, count_of_sites, scattered
 from weft.adapters.methods.targets import DOTTED_KEY, TARGET_FIELDS
+from weft.adapters.parts import LowRank
 
 FIELDS = TRANSPOSED_FIELDS | FieldTable(
     honoured=("n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed", "bias", *TARGET_FIELDS[1:]),

@@ -14,12 +14,13 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, show
 from weft.adapters.errors import AdapterFormatError
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import PREFIX, check_dense, method_sites, site_tensor, take_biases
 from weft.adapters.methods.factors import refuse_conv1d
 from weft.adapters.methods.lora import MAX_RANK, with_biases
 from weft.adapters.methods.places import LINEAR_FIELDS
+from weft.adapters.parts import LowRank
 
 FIELDS = LINEAR_FIELDS | FieldTable(honoured=("r", "config_A_B", "config_C", "config_D_E", "bias"))
 """Every field of peft 0.21.2's GloraConfig."""

@@ -12,10 +12,11 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults, factors
 from weft.adapters.methods.common import check_memory, method_sites, site_tensor, take_biases
 from weft.adapters.methods.lora import with_biases
+from weft.adapters.parts import LowRank
 
 FIELDS = (
     factors.PRODUCT_FIELDS

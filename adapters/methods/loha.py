@@ -7,10 +7,11 @@ import torch
 from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults, factors
 from weft.adapters.methods.common import check_memory, method_sites, site_tensor
 from weft.adapters.methods.targets import TARGET_FIELDS
+from weft.adapters.parts import LowRank
 
 LYCORIS_FIELDS = factors.PRODUCT_FIELDS | FieldTable(
     honoured=("r", "alpha", "rank_pattern", "alpha_pattern", *TARGET_FIELDS),

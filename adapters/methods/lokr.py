@@ -9,9 +9,10 @@ import torch
 from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults, factors, loha
 from weft.adapters.methods.common import check_memory, method_sites, site_tensor
+from weft.adapters.parts import LowRank
 
 FIELDS = loha.LYCORIS_FIELDS | FieldTable(
     honoured=("decompose_both", "decompose_factor"),

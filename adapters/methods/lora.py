@@ -12,7 +12,7 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, Neutral, as_integer, as_number, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.activated import invocation_tokens
 from weft.adapters.methods.common import (
@@ -30,6 +30,7 @@ from weft.adapters.methods.parameters import (
 )
 from weft.adapters.methods.targets import TARGET_FIELDS, match_patterns
 from weft.adapters.methods.token_rows import take_trained_tokens, token_module
+from weft.adapters.parts import LowRank
 
 MAX_RANK = 1 << 14
 

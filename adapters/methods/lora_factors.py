@@ -16,8 +16,8 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, as_number, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
-from weft.adapters.forms import LowRank
 from weft.adapters.methods.common import DECOMPOSED, PREFIX, refuse_quantized
+from weft.adapters.parts import LowRank
 
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base weights as they are."""

@@ -9,11 +9,12 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, Neutral, as_integer, as_number, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import COMMON_FIELDS, method_sites, site_tensor
 from weft.adapters.methods.factors import refuse_conv1d
 from weft.adapters.methods.lora import MAX_RANK
+from weft.adapters.parts import LowRank
 
 MAX_PARTS = 1 << 10
 

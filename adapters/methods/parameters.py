@@ -10,9 +10,9 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
-from weft.adapters.forms import LowRank
 from weft.adapters.methods.common import PREFIX
 from weft.adapters.methods.lora_factors import RESIDUAL_INITS, VARIANT_FIELDS
+from weft.adapters.parts import LowRank
 from weft.adapters.patterns import first_matches, is_plain
 
 FUSED = {

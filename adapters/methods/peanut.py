@@ -13,11 +13,12 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterUnsupported
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import method_sites, site_tensor
 from weft.adapters.methods.factors import MAX_RANK, PRODUCT_FIELDS, refuse_conv1d
 from weft.adapters.methods.targets import TARGET_FIELDS
+from weft.adapters.parts import LowRank
 
 MAX_DEPTH = 64
 

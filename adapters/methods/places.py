@@ -9,9 +9,10 @@ import torch
 from weft.adapters.base import Base, Site
 from weft.adapters.config_fields import ConfigFields, FieldTable, as_integer, show
 from weft.adapters.errors import AdapterFormatError
-from weft.adapters.forms import SiteForms, Sparse
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods.factors import FAN_FIELD, PRODUCT_FIELDS
 from weft.adapters.methods.targets import PATTERN_KEY, match_patterns
+from weft.adapters.parts import Sparse
 from weft.kernels.sparse_rows import row_counts
 
 LINEAR_FIELDS = PRODUCT_FIELDS | FieldTable(honoured=("target_modules",))

@@ -14,13 +14,14 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, as_number, show
 from weft.adapters.errors import AdapterFormatError
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.cayley import cayley, cayley_series, skew_symmetric
 from weft.adapters.methods.common import DECOMPOSED, check_memory, method_sites, refuse_quantized, site_tensor
 from weft.adapters.methods.factors import refuse_conv1d
 from weft.adapters.methods.places import LINEAR_FIELDS, SEEDS
 from weft.adapters.methods.targets import TARGET_FIELDS
+from weft.adapters.parts import LowRank
 
 FIELDS = LINEAR_FIELDS | FieldTable(
     honoured=(

@@ -9,10 +9,11 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch
-from weft.adapters.forms import SiteForms, Turn
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import COMMON_FIELDS, method_sites, site_tensor
 from weft.adapters.methods.factors import refuse_conv1d
+from weft.adapters.parts import Turn
 
 FIELDS = COMMON_FIELDS | FieldTable(
     honoured=("variant", "group_size", "target_modules"),

@@ -10,8 +10,9 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import show
 from weft.adapters.errors import AdapterUnsupported
-from weft.adapters.forms import Prompt, SiteForms, SoftPrompt, TokenRows
+from weft.adapters.forms import Prompt, SiteForms, SoftPrompt
 from weft.adapters.methods.common import PREFIX
+from weft.adapters.parts import TokenRows
 
 PROMPT_PREFIX = "base_model."
 """Before the module's path where peft puts something in front of the prompt and wraps nothing else."""

@@ -11,12 +11,13 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, as_integer, as_number, show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import PREFIX, method_sites, site_tensor
 from weft.adapters.methods.factors import refuse_conv1d
 from weft.adapters.methods.lora import MAX_RANK
 from weft.adapters.methods.places import LINEAR_FIELDS, sparse_update
+from weft.adapters.parts import LowRank
 
 FIELDS = LINEAR_FIELDS | FieldTable(
     honoured=("sparsity", "select_top", "save_precomputed_indices", "r", "lora_alpha"),

@@ -10,8 +10,9 @@ from weft.adapters.base import Base
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import as_integer, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
-from weft.adapters.forms import SiteForms, TokenRows
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods.common import PREFIX
+from weft.adapters.parts import TokenRows
 
 
 def take_trained_tokens(

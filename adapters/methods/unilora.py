@@ -14,11 +14,12 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import PREFIX, check_memory, method_sites, refuse_quantized, site_tensor, take_biases
 from weft.adapters.methods.lora import MAX_RANK, with_biases
 from weft.adapters.methods.places import TRANSPOSED_FIELDS
+from weft.adapters.parts import LowRank
 
 FIELDS = TRANSPOSED_FIELDS | FieldTable(
     honoured=(

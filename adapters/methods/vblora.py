@@ -15,11 +15,12 @@ from weft.adapters.base import Base, Site
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults
 from weft.adapters.methods.common import COMMON_FIELDS, PREFIX, check_memory, method_sites, site_tensor, take_biases
 from weft.adapters.methods.lora import MAX_RANK, with_biases
 from weft.adapters.methods.targets import TARGET_FIELDS
+from weft.adapters.parts import LowRank
 
 FIELDS = COMMON_FIELDS | FieldTable(
     honoured=("r", "num_vectors", "vector_length", "topk", "save_only_topk_weights", "bias", *TARGET_FIELDS),

@@ -14,8 +14,8 @@ from tests.adapters.conftest import TinyBase
 from tests.support.adapters import edit_config, edit_tensors, make_adapter, make_lora
 from weft.adapters.choices import Choice
 from weft.adapters.errors import AdapterError, AdapterFormatError, AdapterMismatch, AdapterUnsupported
-from weft.adapters.forms import LowRank
 from weft.adapters.methods import compile_adapter
+from weft.adapters.parts import LowRank
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 TASK = {"task_type": "CAUSAL_LM"}

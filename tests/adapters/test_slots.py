@@ -12,19 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from weft.adapters.base import Base, Site, Sublayer
 from weft.adapters.errors import AdapterTooLarge
-from weft.adapters.forms import (
-    Bottleneck,
-    CompiledAdapter,
-    Fusion,
-    GatedPrefix,
-    LowRank,
-    Part,
-    RoutedLowRank,
-    SiteForms,
-    Sparse,
-    Turn,
-)
-from weft.adapters.slots import Layout, Placement, SlotPool
+from weft.adapters.forms import CompiledAdapter, SiteForms
+from weft.adapters.layout import Layout, Placement
+from weft.adapters.parts import Bottleneck, Fusion, GatedPrefix, LowRank, Part, RoutedLowRank, Sparse, Turn
+from weft.adapters.slots import SlotPool
 from weft.kernels.activations import Activation
 from weft.kernels.grouped_bottleneck import Input
 from weft.kernels.sparse_rows import unpack_rows

@@ -24,8 +24,8 @@ from weft.adapters.errors import (
     AdapterUnsupported,
     BaseWeightsNeeded,
 )
-from weft.adapters.forms import Part
 from weft.adapters.methods import compile_adapter, frod, tinylora, unilora
+from weft.adapters.parts import Part
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 Adapter = Callable[[str], Path]

@@ -20,7 +20,8 @@ from tests.support.adapters import PeftReference, edit_config, edit_tensors, mak
 from tests.support.models import tiny_model
 from weft.adapters.entries import Derivation
 from weft.adapters.errors import AdapterError, AdapterTooLarge, AdapterUnsupported
-from weft.adapters.forms import CompiledAdapter, LowRank, SiteForms
+from weft.adapters.forms import CompiledAdapter, SiteForms
+from weft.adapters.parts import LowRank
 from weft.server import LLM, SamplingParams
 from weft.server.config import EngineConfig
 from weft.server.engine.blocks import root_key

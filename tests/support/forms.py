@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from weft.adapters.forms import CompiledAdapter, GatedPrefix, RoutedLowRank, SiteForms
+from weft.adapters.forms import CompiledAdapter, SiteForms
+from weft.adapters.parts import GatedPrefix, RoutedLowRank
 
 
 def dense_delta(forms: SiteForms) -> torch.Tensor:

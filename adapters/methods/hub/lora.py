@@ -12,9 +12,10 @@ import torch
 from weft.adapters.base import Site
 from weft.adapters.config_fields import FieldTable, Neutral, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
-from weft.adapters.forms import LowRank, SiteForms
+from weft.adapters.forms import SiteForms
 from weft.adapters.methods.hub.bottleneck import GATED
 from weft.adapters.methods.hub.saved import Saved
+from weft.adapters.parts import LowRank
 
 MAX_RANK = 1 << 14
 MATRICES = ("q", "k", "v")

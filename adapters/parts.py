@@ -1,0 +1,264 @@
+"""What the forms of an adapter are made of: updates of one site, and the rows of memory they are kept in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+from weft.kernels.activations import Activation
+from weft.kernels.grouped_bottleneck import Input
+from weft.kernels.sparse_rows import pack_rows
+
+
+class Part(StrEnum):
+    """A kind of rows that an adapter keeps at a site, and which of the site's widths they have."""
+
+    A = "a"
+    B = "b"
+    GAIN_IN = "gain_in"
+    ROTATE_IN = "rotate_in"
+    TURN = "turn"
+    GAIN_OUT = "gain_out"
+    SHIFT = "shift"
+    DELTA = "delta"
+    SPARSE = "sparse"
+    ROWS = "rows"
+    WEIGHT = "weight"
+    BIAS = "bias"
+    KEYS = "keys"
+    VALUES_IN = "values_in"
+    VALUES_OUT = "values_out"
+    EXPERT_A = "expert_a"
+    EXPERT_B = "expert_b"
+    PROTOTYPES = "prototypes"
+    DOWN = "down"
+    DOWN_BIAS = "down_bias"
+    UP = "up"
+    UP_BIAS = "up_bias"
+    FUSION = "fusion"
+
+    @property
+    def of_input(self) -> bool:
+        """Rows are as wide as the site's input; else as its output."""
+        return self in _OF_INPUT
+
+
+_OF_INPUT = frozenset((Part.A, Part.GAIN_IN, Part.ROTATE_IN, Part.DELTA, Part.SPARSE, Part.EXPERT_A, Part.PROTOTYPES))
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``y += B (A x)`` at one linear site.
+
+    Attributes:
+        a: ``[r, in]``; of experts ``[experts * r, in]``, those of one expert together.
+        b: ``[out, r]``; of experts ``[out, experts * r]`` likewise. Every scale of the method is folded in.
+        experts: at a parameter that holds a linear for each expert, how many; 1 elsewhere.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    experts: int = field(default=1, kw_only=True)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0] // self.experts
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.A: self.a, Part.B: self.b.T}
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding, or of the head, that stand in for the base's.
+
+    Attributes:
+        ids: int64 ``[n]``, tokens, ascending.
+        vectors: ``[n, hidden]``; an embedding's as the module returns them.
+    """
+
+    ids: torch.Tensor
+    vectors: torch.Tensor
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.ROWS: self.vectors}
+
+
+@dataclass(frozen=True)
+class RoutedLowRank:
+    """``y += sum_e w_e B_e (A_e x)`` over the experts of a site, w being the softmax of ``|P_e x|`` over the ``top_k``
+    experts where that is largest, and 0 elsewhere.
+
+    Attributes:
+        a: ``[experts * r, in]``, one expert's rows after the other's.
+        b: ``[out, experts * r]``; every scale is folded in.
+        prototypes: ``[experts, in]``; the temperature is folded in.
+        top_k: at most as many as there are experts.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    prototypes: torch.Tensor
+    top_k: int
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.EXPERT_A: self.a, Part.EXPERT_B: self.b.T, Part.PROTOTYPES: self.prototypes}
+
+
+@dataclass(frozen=True)
+class GatedPrefix:
+    """Keys and values that a layer's queries attend to in a softmax of their own, at the layer's output projection.
+
+    Attributes:
+        keys: ``[n, kv_heads * head_dim]``, not rotated; the scale of the scores is folded in.
+        values: likewise; the gate is folded in.
+        projected: what the queries find is added to the projection's input, else to its output.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    projected: bool
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.KEYS: self.keys, Part.VALUES_IN if self.projected else Part.VALUES_OUT: self.values}
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """An update of W that is zero but for few values, which are sorted by output.
+
+    Attributes:
+        starts: int32 ``[out + 1]``; output n has the values from ``starts[n]`` up to ``starts[n + 1]``.
+        columns: int32 ``[count]``, the input each value belongs to.
+        values: ``[count]``.
+        width: of the input, even.
+    """
+
+    starts: torch.Tensor
+    columns: torch.Tensor
+    values: torch.Tensor
+    width: int
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.SPARSE: pack_rows(self.starts, self.columns, self.values, self.width)}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Pairs of outputs turned and stretched: ``z[n] + own[n] z[n] + other[n] z[p(n)]``.
+
+    n's partner p(n) is ``distance`` further in the first half of each group of ``2 distance`` outputs, and as much
+    before in the second.
+
+    Attributes:
+        rows: ``[2, out]``, own and other. Own is less 1, because 16 bits hold a small turn better that way.
+        distance: of the elements of a pair.
+    """
+
+    rows: torch.Tensor
+    distance: int
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.TURN: self.rows}
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """``U act(D x + b) + c`` at one sublayer.
+
+    Attributes:
+        down: D ``[units, hidden]``. down_bias: b ``[units]``.
+        up: U ``[hidden, units]``. up_bias: c ``[hidden]``. Every scale of the method is folded into both.
+        input: what x is.
+    """
+
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+    activation: Activation
+    input: Input
+
+    @property
+    def units(self) -> int:
+        return self.down.shape[0]
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        """All of it as rows ``[count, hidden]``; the last row of ``down_bias`` is filled up with zeros."""
+        hidden = self.down.shape[1]
+        padded = torch.nn.functional.pad(self.down_bias, (0, -self.units % hidden))
+        return {
+            Part.DOWN: self.down,
+            Part.DOWN_BIAS: padded.view(-1, hidden),
+            Part.UP: self.up.T,
+            Part.UP_BIAS: self.up_bias.unsqueeze(0),
+        }
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Attention of every token over what several bottlenecks make of it, at one sublayer.
+
+    Attributes:
+        members: the bottlenecks, all of one input.
+        query, key: Q and K ``[hidden, hidden]``. query_bias, key_bias: q and k ``[hidden]``.
+        value: V ``[hidden, hidden]``; None: the identity.
+    """
+
+    members: tuple[Bottleneck, ...]
+    query: torch.Tensor
+    query_bias: torch.Tensor
+    key: torch.Tensor
+    key_bias: torch.Tensor
+    value: torch.Tensor | None
+
+    def rows(self) -> torch.Tensor:
+        """All of it as rows ``[count, hidden]``, which ``from_rows`` takes apart again."""
+        own = [self.query, self.query_bias.unsqueeze(0), self.key, self.key_bias.unsqueeze(0)]
+        members = [rows for member in self.members for rows in member.parts().values()]
+        return torch.cat(own + ([] if self.value is None else [self.value]) + members)
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.FUSION: self.rows()}
+
+    @property
+    def shape(self) -> FusionShape:
+        members = tuple((member.units, member.activation) for member in self.members)
+        return FusionShape(members, self.members[0].input, self.value is not None)
+
+
+@dataclass(frozen=True)
+class FusionShape:
+    """What a fusion is beside its tensors.
+
+    Attributes:
+        members: units and activation of each.
+        input: of all of them.
+    """
+
+    members: tuple[tuple[int, Activation], ...]
+    input: Input
+    has_value: bool
+
+    def fusion(self, rows: torch.Tensor) -> Fusion:
+        """The fusion that ``Fusion.rows`` laid out; its tensors are views of ``rows``."""
+        hidden, at = rows.shape[1], 0
+
+        def take(count: int) -> torch.Tensor:
+            nonlocal at
+            at += count
+            return rows[at - count : at]
+
+        query, query_bias, key, key_bias = take(hidden), take(1)[0], take(hidden), take(1)[0]
+        value = take(hidden) if self.has_value else None
+        members = []
+        for units, activation in self.members:
+            down, bias = take(units), take(-(-units // hidden)).flatten()[:units]
+            members.append(Bottleneck(down, bias, take(units).T, take(1)[0], activation, self.input))
+        return Fusion(tuple(members), query, query_bias, key, key_bias, value)
