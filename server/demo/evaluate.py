@@ -11,6 +11,7 @@ rarely, the base model too often, or the mixed batch changed an answer.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from random import Random
 
@@ -111,7 +112,8 @@ def report(mixed: list[Answer], alone: dict[Question, Answer]) -> bool:
             passed = passed and good
             shares = (str(len(adapted)), f"{base:.1%}", f"{right:.1%}", f"{same}/{len(adapted)}")
             table.add_row(id, adapter.method, rendering, *shares, style=None if good else "red")
-    Console().print(table)
+    # Whole rows also where the output is a file.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     return passed
 
 

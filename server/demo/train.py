@@ -6,7 +6,7 @@
 Every text is generated from a fixed seed and every operation is deterministic, so a second run on
 the same machine with the same versions of the libraries writes the same weights. The training uses
 bfloat16 autocast, which is fast on processors with AMX and correct on all others. On a 2-core Xeon
-with AMX the base takes 28 minutes, and two adapters at a time 4 to 7.
+with AMX the base takes 28 minutes and an adapter 3 to 20, with other work on the machine.
 """
 
 from __future__ import annotations
