@@ -13,6 +13,8 @@ RUN := $(BIN)/python -P
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 METADATA := pyproject.toml setup.py constraints.txt
+# Two processes, each with whole files, whose fixtures are costly.
+PARALLEL ?= -n 2 --dist loadfile
 TYPES := $(addprefix .types/weft/,server kernels adapters)
 
 .DEFAULT_GOAL := help
@@ -25,10 +27,10 @@ serve: $(INSTALLED) ## serve the demo, or ARGS="MODEL --adapter a=PATH", on PORT
 	@$(BIN)/weft serve --port $(PORT) $(ARGS)
 
 test: $(INSTALLED_DEV) ## run the tests that are not marked slow; ARGS go to pytest
-	@$(BIN)/pytest -m "not slow" $(ARGS)
+	@$(BIN)/pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 test-all: $(INSTALLED_DEV) ## run every test
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest $(PARALLEL) $(ARGS)
 
 check: $(INSTALLED_DEV) $(TYPES) ## lint, format, types, import directions, ARCHITECTURE.md, kernels compiled ahead of time
 	@$(BIN)/ruff check .

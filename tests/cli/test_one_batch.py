@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,9 @@ def adapters(base: Path) -> dict[str, Adapter]:
     return {**made, **_unlike_the_others(base)}
 
 
-def _reference(base: Path, folder: Path, task: int | None = None) -> Callable[[list[int]], PeftReference]:
-    return lambda prompt: PeftReference(base, folder, task)
+def _reference(base: Path, folder: Path | None, task: int | None = None) -> Callable[[list[int]], PeftReference]:
+    made = cache(PeftReference)
+    return lambda prompt: made(base, folder, task)
 
 
 def _unlike_the_others(base: Path) -> dict[str, Adapter]:
@@ -142,7 +144,7 @@ def test_every_method_at_once_over_http(round: int, server: Serving, base: Path,
     rng = random.Random(round)
     models = httpx.get(f"{server.url}/v1/models").json()["data"]
     base_id = next(model["id"] for model in models if model["id"] not in adapters)
-    everyone = {**adapters, base_id: Adapter(base, lambda prompt: PeftReference(base))}
+    everyone = {**adapters, base_id: Adapter(base, _reference(base, None))}
     stored = {f"hub-{name.replace(',', '-')}": answer for name, answer in expected("llama").items()}
     prompts = {
         id: [*random_prompt(rng, 8, 40), *adapter.ending] if adapter.alone else stored[id].prompt
@@ -166,7 +168,8 @@ def test_the_support_matrix_is_what_was_served(
 ) -> None:
     headers = {"Authorization": "Bearer admin"}
     rows = []
-    for id, adapter in adapters.items():
-        shown = httpx.get(f"{server.url}/admin/adapters/{id}", headers=headers).json()
-        rows.append(Served(shown["method"], tuple(shown["forms"]), adapter.config, tuple(adapter.body)))
+    with httpx.Client(base_url=server.url, headers=headers) as client:
+        for id, adapter in adapters.items():
+            shown = client.get(f"/admin/adapters/{id}").json()
+            rows.append(Served(shown["method"], tuple(shown["forms"]), adapter.config, tuple(adapter.body)))
     check_readme(table(rows), write=pytestconfig.getoption("--write-matrix"))

@@ -20,7 +20,7 @@ from tests.support.models import tiny_model
 CONFIGS: dict[str, Callable[[], dict[str, PeftConfig]]] = {"llama": all_cases, "gpt2": all_gpt2_cases}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module")
 def everything(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     arch: str = request.param
     folder = tmp_path_factory.mktemp(f"all-{arch}")
@@ -38,6 +38,8 @@ def everything(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return Zoo(base, adapters, Oracles(base, adapters, tasks), chosen)
 
 
+# On Llama, tests/cli/test_one_batch.py asks for all of them over HTTP.
+@pytest.mark.parametrize("everything", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"], indirect=True)
 @pytest.mark.parametrize(
     "settings", [{}, {"max_num_batched_tokens": 512, "block_size": 8}], ids=["whole prompts", "chunked prefill"]
 )
@@ -53,6 +55,7 @@ def test_all_methods_in_one_batch_equal_peft(settings: dict, everything: Zoo) ->
         assert_alone(stream, everything.oracles[stream.request.adapter])
 
 
+@pytest.mark.parametrize("everything", CONFIGS, indirect=True)
 def test_a_base_row_does_not_see_the_others(everything: Zoo) -> None:
     """Bit-equal beside adapters of every form and beside base rows alone, where the shapes are the same."""
     prompts = [n for n in everything.adapters if n in prompt_configs()]

@@ -46,7 +46,9 @@ def test_modes(mode: str, llama: Zoo) -> None:
         assert_alone(stream, llama.oracles[stream.request.adapter])
 
 
-@pytest.mark.parametrize("caching", [True, False], ids=["prefix cache", "no prefix cache"])
+@pytest.mark.parametrize(
+    "caching", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["prefix cache", "no prefix cache"]
+)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_preemption_in_small_chunks(arch: str, caching: bool, zoo_of: Callable[[str], Zoo]) -> None:
     """Pages for a few rows and chunks of a few tokens: rows are preempted, recomputed, and say the same."""
