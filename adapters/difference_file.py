@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import pickle
-import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from weft.adapters.config_fields import show
 from weft.adapters.errors import AdapterFormatError
 from weft.adapters.files import DIFFERENCES, FILES, open_regular
+from weft.adapters.pickled import check_archive
 
-MAX_ENTRIES = 1 << 16
 SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 """numpy's name of what makes a scalar, before and since version 2."""
 
@@ -77,7 +76,7 @@ def read_difference_file(folder: Path) -> dict[str, Any]:
     ]
     try:
         with open_regular(folder, DIFFERENCES) as file:
-            _check(file)
+            check_archive(file, NAMES, FILES[DIFFERENCES])
             file.seek(0)
             with _reading, torch.serialization.safe_globals(stand_ins):
                 content = torch.load(file, map_location="cpu", weights_only=True)
@@ -86,18 +85,3 @@ def read_difference_file(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AdapterFormatError(f"{DIFFERENCES} must hold a dict", param=DIFFERENCES)
     return content
-
-
-def _check(file: BinaryIO) -> None:
-    """Whether the file can take no more memory than its size: nothing compressed, nothing named that allocates."""
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        if not stored or len(entries) > MAX_ENTRIES or sum(e.file_size for e in entries) > FILES[DIFFERENCES]:
-            raise ValueError("it must be as torch.save writes it")
-        content = next((entry for entry in entries if entry.filename.endswith("/data.pkl")), None)
-        if content is None:
-            raise ValueError("it must be as torch.save writes it")
-        for operation, name, _ in pickletools.genops(archive.read(content)):
-            if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST") and name not in NAMES:
-                raise ValueError(f"it names {show(name)}, which is neither a tensor nor a number")

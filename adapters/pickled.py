@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import pickletools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from types import MappingProxyType
+from typing import BinaryIO
 
 import torch
 
@@ -21,6 +22,7 @@ from weft.adapters.config_fields import show
 from weft.adapters.errors import AdapterFormatError
 
 MAX_PICKLE_BYTES = 32 << 20
+MAX_ENTRIES = 1 << 16
 NAMES: Mapping[torch.dtype, str] = MappingProxyType(
     {
         torch.float32: "F32",
@@ -64,7 +66,7 @@ class PickledTensors:
     def __init__(self, path: Path) -> None:
         """Raises AdapterFormatError if the file holds anything but a dictionary of dense tensors."""
         try:
-            _check_archive(path)
+            check_archive(path, _GLOBALS, MAX_PICKLE_BYTES)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile, UnpicklingError) as error:
             raise _refused(path, f"cannot be read: {show(str(error))}") from error
@@ -84,18 +86,28 @@ class PickledTensors:
         return self._state[name]
 
 
-def _check_archive(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
+def check_archive(source: Path | BinaryIO, allowed: Collection[str], max_pickle_bytes: int) -> None:
+    """Whether a file is as ``torch.save`` writes it, takes no more memory than its size, and names nothing else.
+
+    Args:
+        allowed: ``"module name"`` of all that its pickle may refer to.
+
+    Raises:
+        ValueError: what it is or does instead. BadZipFile, OSError: it cannot be read.
+    """
+    with zipfile.ZipFile(source) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise _refused(path, "is compressed, which torch.save never does")
+            raise ValueError("it is compressed, which torch.save never does")
+        if len(entries) > MAX_ENTRIES:
+            raise ValueError(f"it has {len(entries)} entries; the limit is {MAX_ENTRIES}")
         pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
-        if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
-            raise _refused(path, "has no single pickle of bounded size")
+        if len(pickles) != 1 or pickles[0].file_size > max_pickle_bytes:
+            raise ValueError("it has no single pickle of bounded size")
         data = archive.read(pickles[0])
     for code, argument, _ in pickletools.genops(data):
-        if code.name in _BY_NAME or (code.name == "GLOBAL" and argument not in _GLOBALS):
-            raise _refused(path, f"is a pickle that asks for {show(argument or code.name)}, which no tensor needs")
+        if code.name in _BY_NAME or (code.name == "GLOBAL" and argument not in allowed):
+            raise ValueError(f"its pickle asks for {show(argument or code.name)}, which no tensor needs")
 
 
 def _check_tensor(path: Path, name: str, tensor: object) -> None:

@@ -8,6 +8,7 @@ left is refused here. Adapters of the AdapterHub library have a format of their 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -121,16 +122,19 @@ def compile_adapter(
     Raises:
         AdapterError: it cannot be read, does not fit the base, or cannot be served exactly; names the field or tensor.
     """
-    dtype = dtype or base.dtype
     if DIFFERENCES in present(folder):
-        changed = compile_differences(folder, base)
-        forms = {path: cast_forms(form, dtype, path) for path, form in changed.items()}
-        return CompiledAdapter(version, "LT-SFT", forms)
-    if is_hub(folder):
-        trained, hub_forms, hub_prompt = compile_hub(folder, base)
-        own = {path: cast_forms(form, dtype, path) for path, form in hub_forms.items()}
-        return CompiledAdapter(version, trained, own, cast_forms(hub_prompt, dtype, "prefix"))
-    checkpoint = read_checkpoint(folder, chosen)
+        adapter = CompiledAdapter(version, "LT-SFT", compile_differences(folder, base))
+    elif is_hub(folder):
+        adapter = CompiledAdapter(version, *compile_hub(folder, base))
+    else:
+        adapter = _compile_peft(read_checkpoint(folder, chosen), base, version)
+    dtype = dtype or base.dtype
+    sites = {path: cast_forms(forms, dtype, path) for path, forms in adapter.sites.items()}
+    return replace(adapter, sites=sites, prompt=cast_forms(adapter.prompt, dtype, "prompt_embeddings"))
+
+
+def _compile_peft(checkpoint: Checkpoint, base: Base, version: str) -> CompiledAdapter:
+    """What peft or a fork of it saved, in fp32."""
     peft_type = checkpoint.config.text("peft_type")
     if peft_type is None:
         raise AdapterFormatError("adapter_config.json names no peft_type; is it saved by peft?", param="peft_type")
@@ -141,14 +145,8 @@ def compile_adapter(
     check_apart(saved, sites)
     take_base_copies(checkpoint, base)
     checkpoint.finish()
-    return CompiledAdapter(
-        version=version,
-        method=peft_type,
-        sites={path: cast_forms(form, dtype, path) for path, form in {**sites, **saved}.items()},
-        prompt=cast_forms(prompt, dtype, "prompt_embeddings"),
-        choices=tuple(checkpoint.per_request.choices.values()),
-        invocation=checkpoint.per_request.invocation,
-    )
+    choices, invocation = checkpoint.per_request.choices, checkpoint.per_request.invocation
+    return CompiledAdapter(version, peft_type, {**sites, **saved}, prompt, tuple(choices.values()), invocation)
 
 
 def _method_of(peft_type: str, checkpoint: Checkpoint) -> str:
