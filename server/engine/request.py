@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from weft.adapters.composition import Composition
+from weft.server.engine.arithmetic import LogitArithmetic
 from weft.server.errors import InvalidRequest
 
 MAX_LOGPROBS = 64
@@ -105,6 +107,8 @@ class EngineRequest:
         cache_salt: requests with different salts never share KV blocks.
         priority: lower is served earlier.
         choices: what it chooses of its adapter, by name ("task_id", "lora_rank").
+        composition: registered adapters weighed against each other, in place of ``adapter``.
+        arithmetic: further streams whose logits are added to those of this one.
     """
 
     request_id: str
@@ -115,6 +119,8 @@ class EngineRequest:
     cache_salt: str | None = None
     priority: int = 0
     choices: dict[str, int] = field(default_factory=dict)
+    composition: Composition | None = None
+    arithmetic: LogitArithmetic | None = None
 
 
 @dataclass(frozen=True)
