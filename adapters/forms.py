@@ -6,9 +6,10 @@ At a linear site with weight W and bias b0, a row x of the batch becomes
 
 where R, block-diagonal, rotates the input, T turns pairs of outputs, S is sparse, everything but W and b0 is the
 adapter's own, and what it has not is left out. In place of B (A x) there may be several such products, weighed by what
-x is. Behind attention, what the layer's queries find in a gated prefix is added to x or to y. At a norm the adapter's
-own weight and bias stand in for the base's. At the token embedding R rotates the vectors that the base has for the
-tokens. A sublayer (attention, feed-forward network) whose output f is added to the residual stream r gives
+x is, or by gates: each the mean of something over the tokens of a prompt, and for a later token its own. Behind
+attention, what the layer's queries find in a gated prefix is added to x or to y, or joins what they found. At a norm
+the adapter's own weight and bias stand in for the base's. At the token embedding R rotates the vectors that the base
+has for the tokens. A sublayer (attention, feed-forward network) whose output f is added to the residual stream r gives
 
     f + U act(D x + b) + c                          x = f, r or f + r: a bottleneck
     f + Σ a_n V u_n,  a = softmax_n((Q x + q) · (K u_n + k))       u_n = U_n act_n(D_n x + b_n) + c_n: a fusion
@@ -24,7 +25,20 @@ from dataclasses import dataclass, fields
 import torch
 
 from weft.adapters.choices import Choice
-from weft.adapters.parts import Bottleneck, Fusion, GatedPrefix, LowRank, Part, RoutedLowRank, Sparse, TokenRows, Turn
+from weft.adapters.parts import (
+    Bottleneck,
+    Fusion,
+    GatedLowRank,
+    GatedPrefix,
+    JointPrefix,
+    LowRank,
+    Part,
+    RoutedLowRank,
+    Sparse,
+    TokenRows,
+    Turn,
+)
+from weft.kernels.mean_gates import Link
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,9 @@ class SiteForms:
             embedding it is as wide as the vectors. Less 1, because 16 bits hold a small rotation better that way.
         turn: of what the base computes, its bias included.
         sparse: an update of W of few values.
+        gated: low-rank updates weighed by gates.
+        joint: of the output projection of an attention layer.
+        prefix_gate: ``[3, in]``, of the linear that makes the queries: rows of the gates of ``joint``, two sigmoids.
         bottleneck, fusion: of a sublayer; not both.
     """
 
@@ -62,14 +79,22 @@ class SiteForms:
     rotate_in: torch.Tensor | None = None
     turn: Turn | None = None
     sparse: Sparse | None = None
-
+    gated: GatedLowRank | None = None
+    joint: JointPrefix | None = None
+    prefix_gate: torch.Tensor | None = None
     bottleneck: Bottleneck | None = None
     fusion: Fusion | None = None
 
     @property
     def rank(self) -> int:
         """Of the low-rank update, of all experts together."""
-        return sum(form.rank for form in (self.low_rank, self.routed) if form is not None)
+        return sum(form.rank for form in (self.low_rank, self.routed, self.gated) if form is not None)
+
+    @property
+    def has_gates(self) -> bool:
+        """Some gate is the mean over a prompt."""
+        bottleneck = self.bottleneck is not None and self.bottleneck.gate is not None
+        return bottleneck or self.gated is not None or self.prefix_gate is not None
 
     def parts(self) -> dict[Part, torch.Tensor]:
         """The rows ``[count, width]`` of every part there is."""
@@ -83,12 +108,17 @@ class SiteForms:
         return parts
 
     def numbers(self) -> dict[Part, int]:
-        """What goes with a part and is no row: how many experts are chosen, how far pairs lie apart."""
+        """What goes with a part and is no row: how many experts are chosen, how far pairs lie apart, a gate's link."""
         numbers: dict[Part, int] = {}
         if self.routed is not None:
             numbers[Part.PROTOTYPES] = self.routed.top_k
         if self.turn is not None:
             numbers[Part.TURN] = self.turn.distance
+        if self.prefix_gate is not None:
+            numbers[Part.PREFIX_GATE] = Link.SIGMOID
+        for form in (self.gated, self.bottleneck):
+            if form is not None and form.gate is not None:
+                numbers[Part.GATE] = form.gate.link
         return numbers
 
     @property
@@ -112,6 +142,9 @@ _NAMES = {
     "rotate_in": "Rotation",
     "turn": "Turn",
     "sparse": "Sparse",
+    "gated": "GatedLowRank",
+    "joint": "JointPrefix",
+    "prefix_gate": "JointPrefix",
     "bottleneck": "Bottleneck",
     "fusion": "Fusion",
 }
@@ -178,6 +211,7 @@ class CompiledAdapter:
         prompt: what stands in front of every prompt, if anything.
         choices: what requests choose. The forms are those of one choice: the default, or the lowest.
         invocation: tokens from whose last occurrence in a prompt on the adapter works; empty: from the first token on.
+        whole_prompts: a prompt must be computed in one pass, because gates are means over it; follows from the sites.
     """
 
     version: str
@@ -186,6 +220,11 @@ class CompiledAdapter:
     prompt: Prompt | None = None
     choices: tuple[Choice, ...] = ()
     invocation: tuple[int, ...] = ()
+    whole_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if any(forms.has_gates for forms in self.sites.values()):
+            object.__setattr__(self, "whole_prompts", True)
 
     @property
     def rank(self) -> int:

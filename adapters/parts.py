@@ -9,6 +9,7 @@ import torch
 
 from weft.kernels.activations import Activation
 from weft.kernels.grouped_bottleneck import Input
+from weft.kernels.mean_gates import Link
 from weft.kernels.sparse_rows import pack_rows
 
 
@@ -38,6 +39,11 @@ class Part(StrEnum):
     UP = "up"
     UP_BIAS = "up_bias"
     FUSION = "fusion"
+    GATE = "gate"
+    GATED_A = "gated_a"
+    GATED_B = "gated_b"
+    PREFIX_GATE = "prefix_gate"
+    VALUES_JOINT = "values_joint"
 
     @property
     def of_input(self) -> bool:
@@ -45,7 +51,12 @@ class Part(StrEnum):
         return self in _OF_INPUT
 
 
-_OF_INPUT = frozenset((Part.A, Part.GAIN_IN, Part.ROTATE_IN, Part.DELTA, Part.SPARSE, Part.EXPERT_A, Part.PROTOTYPES))
+_OF_INPUT = frozenset(
+    (
+        *(Part.A, Part.GAIN_IN, Part.ROTATE_IN, Part.DELTA, Part.SPARSE, Part.EXPERT_A, Part.PROTOTYPES),
+        *(Part.GATE, Part.GATED_A, Part.PREFIX_GATE),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,65 @@ class RoutedLowRank:
 
     def parts(self) -> dict[Part, torch.Tensor]:
         return {Part.EXPERT_A: self.a, Part.EXPERT_B: self.b.T, Part.PROTOTYPES: self.prototypes}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Numbers ``g``, the mean of ``link(W x + b)`` over a span of tokens: all of a prompt, and each later token alone.
+
+    Attributes:
+        weight: W ``[gates, in]``.
+        bias: b ``[gates]``; there are no more gates than the input is wide.
+        link: the sigmoid of each score, or the softmax over them.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    link: Link
+
+    def rows(self) -> torch.Tensor:
+        """W, and b as a row more, filled up with zeros."""
+        padded = torch.nn.functional.pad(self.bias, (0, self.weight.shape[1] - len(self.bias)))
+        return torch.cat([self.weight, padded.unsqueeze(0)])
+
+
+@dataclass(frozen=True)
+class GatedLowRank:
+    """``y += sum_e g_e B_e (A_e x)`` over the gates of a site.
+
+    Attributes:
+        a: ``[gates * r, in]``, one gate's rows after the other's; or ``[r, in]``, the same of all.
+        b: ``[out, gates * r]``; every scale is folded in.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    gate: Gate
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[1]
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.GATED_A: self.a, Part.GATED_B: self.b.T, Part.GATE: self.gate.rows()}
+
+
+@dataclass(frozen=True)
+class JointPrefix:
+    """Keys and values that join those of a row's own tokens in one softmax, at the layer's output projection.
+
+    Keys are multiplied by the first of the two gates that the layer's queries are made with (``SiteForms.prefix_gate``)
+    and values by the second.
+
+    Attributes:
+        keys, values: ``[n, kv_heads * head_dim]``; keys are not rotated.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def parts(self) -> dict[Part, torch.Tensor]:
+        return {Part.KEYS: self.keys, Part.VALUES_JOINT: self.values}
 
 
 @dataclass(frozen=True)
@@ -176,6 +246,7 @@ class Bottleneck:
         down: D ``[units, hidden]``. down_bias: b ``[units]``.
         up: U ``[hidden, units]``. up_bias: c ``[hidden]``. Every scale of the method is folded into both.
         input: what x is.
+        gate: one, of the same x, that all of it is multiplied by.
     """
 
     down: torch.Tensor
@@ -184,6 +255,7 @@ class Bottleneck:
     up_bias: torch.Tensor
     activation: Activation
     input: Input
+    gate: Gate | None = None
 
     @property
     def units(self) -> int:
@@ -193,12 +265,13 @@ class Bottleneck:
         """All of it as rows ``[count, hidden]``; the last row of ``down_bias`` is filled up with zeros."""
         hidden = self.down.shape[1]
         padded = torch.nn.functional.pad(self.down_bias, (0, -self.units % hidden))
-        return {
+        parts = {
             Part.DOWN: self.down,
             Part.DOWN_BIAS: padded.view(-1, hidden),
             Part.UP: self.up.T,
             Part.UP_BIAS: self.up_bias.unsqueeze(0),
         }
+        return parts if self.gate is None else {**parts, Part.GATE: self.gate.rows()}
 
 
 @dataclass(frozen=True)
@@ -206,7 +279,7 @@ class Fusion:
     """Attention of every token over what several bottlenecks make of it, at one sublayer.
 
     Attributes:
-        members: the bottlenecks, all of one input.
+        members: the bottlenecks, all of one input, none of them gated.
         query, key: Q and K ``[hidden, hidden]``. query_bias, key_bias: q and k ``[hidden]``.
         value: V ``[hidden, hidden]``; None: the identity.
     """

@@ -14,7 +14,8 @@ from weft.adapters.parts import Part
 from weft.adapters.slots import SlotPool
 from weft.adapters.sublayers import SublayerHooks
 from weft.kernels.dispatch import backend
-from weft.kernels.gated_prefix import gated_prefix
+from weft.kernels.gated_lora import gated_lora
+from weft.kernels.gated_prefix import Joint, gated_prefix
 from weft.kernels.grouped_affine import grouped_affine
 from weft.kernels.grouped_delta import grouped_delta
 from weft.kernels.grouped_lora import PackedWeights, grouped_lora, grouped_lora_packed, pack
@@ -22,8 +23,10 @@ from weft.kernels.grouped_rotate import grouped_rotate
 from weft.kernels.grouped_sparse import grouped_sparse
 from weft.kernels.grouped_turn import grouped_turn
 from weft.kernels.groups import RowGroups
+from weft.kernels.mean_gates import mean_gates
 from weft.kernels.routed_lora import routed_lora
 from weft.kernels.slot_rows import SlotRows
+from weft.kernels.spans import Spans
 
 LOW_RANK = frozenset({Part.A, Part.B})
 
@@ -37,12 +40,23 @@ class ActiveRows:
         logits: groups of the rows whose logits are wanted, for the output embedding.
         embeddings: tokens of the batch, and vectors that stand for them in place of what the embedding returns.
         query: ``[T, heads, d]``, rotated, of the attention that ran last: a layer's output projection is next.
+        spans: of the tokens, what gates are means over; None where no row has gates.
+        prefix_gates: fp32 ``[T, 2]``, of prefixes that join the attention that runs next, if some row has one.
+        joint: what such a prefix must know of that attention, once it ran.
     """
 
     tokens: RowGroups | None = None
     logits: RowGroups | None = None
     embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     query: torch.Tensor | None = None
+    spans: Spans | None = None
+    prefix_gates: torch.Tensor | None = None
+    joint: Joint | None = None
+
+    def clear(self) -> None:
+        """There is no forward pass under way."""
+        self.tokens = self.logits = self.spans = self.joint = None
+        self.embeddings = self.query = self.prefix_gates = None
 
 
 class _Site(nn.Module):
@@ -99,6 +113,7 @@ class LinearSite(_Site):
             y = self.linear(x)
             self._add_low_rank(y.view(-1, y.shape[-1]), rows, groups)
             return y
+        rows = self._joined(rows, groups)
         y = self.linear(self._input(rows, groups).view_as(x))
         self._add_adapters(y.view(-1, y.shape[-1]), rows, groups)
         return y
@@ -118,6 +133,23 @@ class LinearSite(_Site):
             self._add_prefix(x, values, groups)
         return x
 
+    def _joined(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """``x``, what attention found; where a prefix joins it, a copy."""
+        values, joint = self._active(Part.VALUES_JOINT, groups), self._rows.joint
+        if values is None:
+            return x
+        keys, query = self._active(Part.KEYS, groups), self._rows.query
+        assert keys is not None and query is not None and joint is not None, "its gates were there before attention"
+        self._rows.joint = None
+        x = x.clone()
+        gated_prefix(x, query, keys, values, groups, joint)
+        return x
+
+    def _gates(self, part: Part, gate: SlotRows, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        spans = self._rows.spans
+        assert spans is not None, "a batch with gates has spans"
+        return mean_gates(x, gate, self._pool.numbers(self._path, part), spans, groups)
+
     def _add_prefix(self, to: torch.Tensor, values: SlotRows, groups: RowGroups) -> None:
         keys, query = self._active(Part.KEYS, groups), self._rows.query
         assert keys is not None and query is not None, "a prefix has keys, and attention ran before its projection"
@@ -136,6 +168,14 @@ class LinearSite(_Site):
             a, b = self._active(Part.EXPERT_A, groups), self._active(Part.EXPERT_B, groups)
             assert a is not None and b is not None, "experts have both factors"
             routed_lora(y, x, a, b, prototypes, self._pool.numbers(self._path, Part.PROTOTYPES), groups)
+        gate = self._active(Part.GATE, groups)
+        if gate is not None:
+            a, b = self._active(Part.GATED_A, groups), self._active(Part.GATED_B, groups)
+            assert a is not None and b is not None, "gates of a linear have both factors"
+            gated_lora(y, x, a, b, gate, self._gates(Part.GATE, gate, x, groups), groups)
+        prefix_gate = self._active(Part.PREFIX_GATE, groups)
+        if prefix_gate is not None:
+            self._rows.prefix_gates = self._gates(Part.PREFIX_GATE, prefix_gate, x, groups)
         delta = self._active(Part.DELTA, groups)
         if delta is not None:
             grouped_delta(y, x, delta, groups)

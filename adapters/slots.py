@@ -244,7 +244,7 @@ class SlotPool:
             return self._base.hidden_size
         site = self._base.module(path)
         assert site is not None, f"{path} is not a module of the base that adapters attach to"
-        if part in (Part.KEYS, Part.VALUES_IN, Part.VALUES_OUT):
+        if part in (Part.KEYS, Part.VALUES_IN, Part.VALUES_OUT, Part.VALUES_JOINT):
             return self._base.kv_heads * self._base.head_dim
         if site.kind == "embedding" and part in (Part.ROWS, Part.ROTATE_IN):  # of the vectors it gives out
             return site.out_features

@@ -11,8 +11,9 @@ from torch.nn.functional import linear
 from weft.adapters.parts import Bottleneck, Fusion, Part
 from weft.adapters.slots import SlotPool
 from weft.kernels.activations import activate
-from weft.kernels.grouped_bottleneck import grouped_bottleneck
+from weft.kernels.grouped_bottleneck import Bottlenecks, Input, grouped_bottleneck
 from weft.kernels.groups import RowGroups
+from weft.kernels.mean_gates import mean_gates
 
 if TYPE_CHECKING:  # sites attach these too
     from weft.adapters.sites import ActiveRows
@@ -53,11 +54,24 @@ class SublayerHooks:
         f, r = whole.view(-1, whole.shape[-1]), residual.reshape(-1, whole.shape[-1])
         bottlenecks = self._pool.bottlenecks(self._path)
         if bottlenecks is not None and bottlenecks.down.used_by(groups.active):
-            grouped_bottleneck(f, r, bottlenecks, groups)
+            grouped_bottleneck(f, r, bottlenecks, groups, self._gates(f, r, bottlenecks, groups))
         segments = {slot: groups.order[start:stop] for slot, start, stop in groups.segments}
         for slot, fusion in self._pool.fusions(self._path, groups.active):
             index = segments[slot].long()
             f.index_add_(0, index, fused(fusion, fusion.members[0].input.of(f[index], r[index])))
+
+    def _gates(
+        self, f: torch.Tensor, r: torch.Tensor, bottlenecks: Bottlenecks, groups: RowGroups
+    ) -> torch.Tensor | None:
+        """Fp32 ``[T, 1]``, of what each row's bottleneck is given; None where no row's is gated."""
+        gate = self._pool.rows(self._path, Part.GATE)
+        if gate is None or not gate.used_by(groups.active):
+            return None
+        spans = self._rows.spans
+        assert spans is not None, "a batch with gates has spans"
+        inputs = bottlenecks.inputs[groups.slots.clamp(min=0).long()].unsqueeze(1)
+        x = torch.where(inputs & Input.OUTPUT > 0, f, 0) + torch.where(inputs & Input.RESIDUAL > 0, r, 0)
+        return mean_gates(x, gate, self._pool.numbers(self._path, Part.GATE), spans, groups)
 
 
 def fused(fusion: Fusion, x: torch.Tensor) -> torch.Tensor:

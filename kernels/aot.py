@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from weft.kernels.gated_lora import triton as gated
 from weft.kernels.gated_prefix import triton as prefix
 from weft.kernels.grouped_affine import triton as affine
 from weft.kernels.grouped_bottleneck import triton as bottleneck
@@ -29,6 +30,7 @@ from weft.kernels.grouped_lora import triton as lora
 from weft.kernels.grouped_rotate import triton as rotate
 from weft.kernels.grouped_sparse import triton as sparse
 from weft.kernels.grouped_turn import triton as turn
+from weft.kernels.mean_gates import triton as mean
 from weft.kernels.paged_attention import triton as attention
 from weft.kernels.routed_lora import triton as routed
 
@@ -47,12 +49,13 @@ POINTERS = {
     "integers": "*i32",
     **dict.fromkeys(("inputs", "activations", "bias_table", "up_bias_table"), "*i32"),
     "slot_mapping": "*i64",
-    "planes": "*fp32",
+    **dict.fromkeys(("links", "bounds", "down_ranks", "up_ranks"), "*i32"),
+    **dict.fromkeys(("planes", "gates", "scored", "result", "weighed", "lse"), "*fp32"),
 }
-SCALARS = {"score_scale": "fp32", "softcap_scale": "fp32"}
+SCALARS = dict.fromkeys(("score_scale", "softcap_scale", "scale"), "fp32")
 VALUES = (
     *("x", "a", "y", "b", "q", "k", "v", "k_cache", "v_cache", "out", "sinks", "gain", "shift", "delta"),
-    *("keys", "values", "prototypes", "rotation", "sparse", "turn"),
+    *("keys", "values", "pool", "prototypes", "rotation", "sparse", "turn"),
     *("f", "r", "down", "up", "bias", "up_bias"),
 )
 # Arguments that are multiples of 16 at the widths models have; the launch specializes on it.
@@ -94,7 +97,9 @@ def variants() -> Iterator[Variant]:
         down = bottleneck.down_config(DTYPES[dtype], units, rows)
         up = bottleneck.up_config(DTYPES[dtype], units, rows)
         yield Variant(f"bottleneck down {units} rows {rows}", bottleneck.down_kernel, dtype, down)
-        yield Variant(f"bottleneck up {units} rows {rows}", bottleneck.up_kernel, dtype, up)
+        for has in (False, True):
+            label = f"bottleneck up {units} rows {rows}{' gated' if has else ''}"
+            yield Variant(label, bottleneck.up_kernel, dtype, up | {"HAS_GATES": has})
     for dtype, rows in (("bf16", 16), ("bf16", 32), ("fp16", 16), ("fp32", 16)):
         yield Variant(f"delta rows {rows}", delta.delta_kernel, dtype, delta.delta_config(DTYPES[dtype], rows))
         yield Variant(f"rotate rows {rows}", rotate.rotate_kernel, dtype, rotate.rotate_config(DTYPES[dtype], rows))
@@ -102,6 +107,10 @@ def variants() -> Iterator[Variant]:
     for dtype, experts, rows in (("bf16", 16, 32), ("bf16", 64, 32), ("fp16", 8, 16), ("fp32", 64, 16)):
         config = routed.route_config(DTYPES[dtype], experts, rows)
         yield Variant(f"route experts {experts} rows {rows}", routed.route_kernel, dtype, config)
+        config = mean.score_config(DTYPES[dtype], experts, rows)
+        yield Variant(f"score gates {experts} rows {rows}", mean.score_kernel, dtype, config)
+        yield Variant(f"mean gates {experts}", mean.mean_kernel, dtype, mean.mean_config(experts))
+        yield Variant(f"weigh rows {rows}", gated.weigh_kernel, dtype, gated.weigh_config(rows))
     for dtype in DTYPES:
         has = {"HAS_GAIN": True, "HAS_SHIFT": True}
         yield Variant("affine", affine.affine_kernel, dtype, affine.affine_config(DTYPES[dtype]) | has)
@@ -113,18 +122,23 @@ def variants() -> Iterator[Variant]:
         ("fp32", 4, 256, 16),
     ):
         config = prefix.prefix_config(group, width, rows)
-        yield Variant(f"prefix d {width} rows {rows}", prefix.prefix_kernel, dtype, config)
+        for joint in (False, True):
+            label = f"prefix d {width} rows {rows}{' joint' if joint else ''}"
+            yield Variant(label, prefix.prefix_kernel, dtype, config | {"JOINT": joint})
     for dtype, group, width, longest, features in (
         ("bf16", 4, 128, 4, ()),
+        ("bf16", 4, 128, 4, ("HAS_LSE",)),
+        ("fp16", 4, 128, 2048, ("HAS_LSE",)),
         ("bf16", 4, 128, 2048, ("HAS_WINDOW",)),
         ("bf16", 8, 64, 2048, ("HAS_WINDOW", "HAS_SINKS")),
         ("bf16", 2, 256, 2048, ("HAS_WINDOW", "HAS_SOFTCAP")),
         ("fp16", 1, 80, 512, ()),
         ("fp32", 3, 64, 512, ("HAS_SOFTCAP",)),
         ("fp32", 4, 256, 512, ()),
+        ("fp32", 4, 256, 512, ("HAS_LSE",)),
     ):
         config = attention.attention_config(DTYPES[dtype], group, width, width, 16, longest)
-        has = {name: name in features for name in ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINKS")}
+        has = {name: name in features for name in ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINKS", "HAS_LSE")}
         label = " ".join(["attention", f"d {width}", *(name[4:].lower() for name in features)])
         yield Variant(f"{label} rows {config['BLOCK_M']}", attention.attention_kernel, dtype, config | has)
     yield Variant("write_kv 8 x 128", attention.write_kv_kernel, "bf16", attention.write_kv_config(8, 128, 128))

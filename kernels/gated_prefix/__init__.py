@@ -4,9 +4,18 @@
 
     y[t, h] += sum_j softmax_j(q[t, h] . K[s][j, g]) V[s][j, g]
 
-The scale of the scores is folded into the keys, the gate into the values. Scores, softmax and sums are in fp32, rounded
-once to y's dtype. Rows of slot -1 and rows whose slot has no values are left as they are, bit for bit.
+The scale of the scores is folded into the keys, the gate into the values.
+
+Joined with the row's own attention, of whose output y[t, h] and denominator exp(L[t, h]) there is, it becomes
+
+    y[t, h] = (exp(L) y[t, h] + sum_j exp(u[t, 0] c q[t, h] . K[s][j, g]) u[t, 1] V[s][j, g]) /
+              (exp(L) + sum_j exp(u[t, 0] c q[t, h] . K[s][j, g]))
+
+with c the attention's scale and u gates of the row: one softmax over both. Scores, softmax and sums are in fp32,
+rounded once to y's dtype. Rows of slot -1 and rows whose slot has no values are left as they are, bit for bit.
 """
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,10 +25,27 @@ from weft.kernels.slot_rows import SlotRows
 
 from . import reference
 
-__all__ = ["gated_prefix"]
+__all__ = ["Joint", "gated_prefix"]
 
 
-def gated_prefix(y: Tensor, q: Tensor, keys: SlotRows, values: SlotRows, groups: RowGroups) -> None:
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """What joins a prefix and the attention that ran before to one softmax.
+
+    Attributes:
+        lse: L, fp32 [T, heads], contiguous, of rows whose slots have a prefix; else it may be anything.
+        gates: u, fp32 [T, 2], contiguous.
+        scale: c.
+    """
+
+    lse: Tensor
+    gates: Tensor
+    scale: float
+
+
+def gated_prefix(
+    y: Tensor, q: Tensor, keys: SlotRows, values: SlotRows, groups: RowGroups, joint: Joint | None = None
+) -> None:
     """Adds to each row of y, in place, what the row's queries find in the prefix of the row's slot.
 
     Args:
@@ -27,6 +53,7 @@ def gated_prefix(y: Tensor, q: Tensor, keys: SlotRows, values: SlotRows, groups:
         q: [T, heads, d] of the same dtype; strided but for the last dimension.
         keys, values: rows of width kv_heads * d and of the same dtype; a slot that has values has as many keys.
         groups: the rows of this step.
+        joint: what makes one softmax of both; y is then what attention returned.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
@@ -45,9 +72,13 @@ def gated_prefix(y: Tensor, q: Tensor, keys: SlotRows, values: SlotRows, groups:
         raise ValueError(
             f"y {y.dtype}, q {q.dtype}, keys {keys.pool.dtype}, values {values.pool.dtype}: dtypes must be equal"
         )
+    if joint is not None and (joint.lse.shape != q.shape[:2] or joint.gates.shape != (len(q), 2)):
+        raise ValueError(
+            f"lse {tuple(joint.lse.shape)} and gates {tuple(joint.gates.shape)} do not fit q {tuple(q.shape)}"
+        )
     if backend(y) == "triton":
         from .triton import gated_prefix as launch
 
-        launch(y, q, keys, values, groups)
+        launch(y, q, keys, values, groups, joint)
     else:
-        reference.gated_prefix(y, q, keys, values, groups)
+        reference.gated_prefix(y, q, keys, values, groups, joint)

@@ -5,8 +5,8 @@ before it:
 
     f[t] += U[s] act[s](D[s] x + b[s]) + c[s],   x = f[t], r[t] or f[t] + r[t] as input[s] says
 
-Sums are in fp32. x and the activation are rounded once to f's dtype, and so is the result. Rows of slot -1 and rows
-whose slot has no bottleneck are left as they are, bit for bit.
+or, with gates, g[t, 0] times what is added there. Sums are in fp32. x and the activation are rounded once to f's dtype,
+and so is the result. Rows of slot -1 and rows whose slot has no bottleneck are left as they are, bit for bit.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,9 @@ class Bottlenecks:
     host_kinds: tuple[tuple[Input, Activation] | None, ...]
 
 
-def grouped_bottleneck(f: Tensor, r: Tensor, bottlenecks: Bottlenecks, groups: RowGroups) -> None:
+def grouped_bottleneck(
+    f: Tensor, r: Tensor, bottlenecks: Bottlenecks, groups: RowGroups, gates: Tensor | None = None
+) -> None:
     """Adds to each row of f, in place, what the bottleneck of the row's slot makes of it.
 
     Args:
@@ -67,17 +69,20 @@ def grouped_bottleneck(f: Tensor, r: Tensor, bottlenecks: Bottlenecks, groups: R
         r: [T, hidden] of the same dtype; rows may be strided, a row is contiguous.
         bottlenecks: rows of width hidden and of the same dtype.
         groups: the rows of this step.
+        gates: fp32 [T, 1 or more], what the change of each row is multiplied by.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
+    if gates is not None and (gates.dtype != torch.float32 or len(gates) != len(f)):
+        raise ValueError(f"gates {tuple(gates.shape)} of {gates.dtype} do not fit f {tuple(f.shape)}: need fp32 rows")
     _check(f, r, bottlenecks, groups)
     if not groups.active:
         return
     if backend(f) == "triton":
         from .triton import grouped_bottleneck as launch
 
-        launch(f, r, bottlenecks, groups)
+        launch(f, r, bottlenecks, groups, gates)
         return
     for slot in groups.active:
         kind = bottlenecks.host_kinds[slot]
@@ -89,6 +94,8 @@ def grouped_bottleneck(f: Tensor, r: Tensor, bottlenecks: Bottlenecks, groups: R
         bias = bottlenecks.down_bias.of(slot).flatten()[: len(down)]
         z = activate(torch.addmm(bias, x, down.T), kind[1])
         change = torch.addmm(bottlenecks.up_bias.of(slot), z, bottlenecks.up.of(slot))
+        if gates is not None:
+            change = (change.float() * gates[rows, :1]).to(f.dtype)
         if isinstance(rows, slice):
             f[rows] += change
         else:

@@ -113,6 +113,7 @@ def up_kernel(
     up_bias,
     up_bias_table,
     activations,
+    gates,
     order,
     tiles,
     planes,
@@ -124,6 +125,8 @@ def up_kernel(
     table_stride,
     bias_table_stride,
     up_bias_table_stride,
+    gates_stride,
+    HAS_GATES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -156,12 +159,16 @@ def up_kernel(
         u_row = tl.load(table + slot * table_stride + u, mask=used, other=0).to(tl.int64) * width
         u_block = tl.load(up + u_row[:, None] + n[None, :], mask=used[:, None] & inside[None, :], other=0.0)
         acc = tl.dot(activate(z, activation).to(u_block.dtype), u_block, acc, input_precision="ieee")
+    if HAS_GATES:
+        acc = acc * tl.load(gates + row * gates_stride, mask=live, other=0.0)[:, None]
     at = f + row[:, None] * f_stride + n[None, :]
     touched = live[:, None] & inside[None, :]
     tl.store(at, (tl.load(at, mask=touched, other=0.0).to(tl.float32) + acc).to(f.dtype.element_ty), mask=touched)
 
 
-def grouped_bottleneck(f: Tensor, r: Tensor, bottlenecks: Bottlenecks, groups: RowGroups) -> None:
+def grouped_bottleneck(
+    f: Tensor, r: Tensor, bottlenecks: Bottlenecks, groups: RowGroups, gates: Tensor | None = None
+) -> None:
     """See `weft.kernels.grouped_bottleneck.grouped_bottleneck`."""
     down, up, bias, up_bias = bottlenecks.down, bottlenecks.up, bottlenecks.down_bias, bottlenecks.up_bias
     most, width, rows = down.max_count, f.shape[1], groups.num_adapted
@@ -199,11 +206,14 @@ def grouped_bottleneck(f: Tensor, r: Tensor, bottlenecks: Bottlenecks, groups: R
         up_bias.pool,
         up_bias.table,
         bottlenecks.activations,
+        f if gates is None else gates,
         *shared,
         splits,
         rows,
         most,
         *up_strides,
+        0 if gates is None else gates.stride(0),
+        HAS_GATES=gates is not None,
         **expand,
     )
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from weft.kernels.dispatch import backend
 
 from . import cpu
-from .rows import AttentionRows
+from .rows import AttentionRows, LogSumExp
 
-__all__ = ["AttentionRows", "paged_attention", "write_kv"]
+__all__ = ["AttentionRows", "LogSumExp", "paged_attention", "write_kv"]
 
 
 def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
@@ -48,6 +48,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    lse: LogSumExp | None = None,
 ) -> Tensor:
     """Attention of the new tokens `q` over the cache, into which their own keys and values are already written.
 
@@ -60,6 +61,7 @@ def paged_attention(
         window: tokens a token sees, itself included; None for all.
         softcap: bound of the scores; None for none.
         sinks: [heads], a logit in the softmax's denominator; None for none.
+        lse: where the logarithms of the denominators are written, if they are wanted.
 
     Returns:
         [T, heads, d_v] of q's dtype, contiguous.
@@ -70,9 +72,9 @@ def paged_attention(
     _check(q, k_cache, v_cache, rows, window, sinks)
     if backend(q) == "triton":
         from .triton import paged_attention as launch
-
-        return launch(q, k_cache, v_cache, rows, scale=scale, window=window, softcap=softcap, sinks=sinks)
-    return cpu.paged_attention(q, k_cache, v_cache, rows, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    else:
+        launch = cpu.paged_attention
+    return launch(q, k_cache, v_cache, rows, scale=scale, window=window, softcap=softcap, sinks=sinks, lse=lse)
 
 
 def _check(

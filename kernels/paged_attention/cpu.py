@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .plan import Bucket, plan
-from .rows import AttentionRows
+from .reference import write_lse
+from .rows import AttentionRows, LogSumExp
 
 
 def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
@@ -28,8 +29,11 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    lse: LogSumExp | None = None,
 ) -> Tensor:
     """See `weft.kernels.paged_attention.paged_attention`."""
+    if lse is not None:  # the fused attention keeps them to itself
+        write_lse(lse, q, k_cache, rows, scale=scale, window=window, softcap=softcap, sinks=sinks)
     out = q.new_empty(*q.shape[:2], v_cache.shape[3])
     for bucket in plan(rows, window, q.dtype):
         tokens = bucket.tokens

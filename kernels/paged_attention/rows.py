@@ -14,6 +14,19 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
+class LogSumExp:
+    """Where the logarithms of the softmax's denominators are written, so that more can join a softmax afterwards.
+
+    Attributes:
+        values: fp32 [T, heads], contiguous; those of other rows' tokens may be anything.
+        rows: on the host, the rows whose tokens' are wanted.
+    """
+
+    values: Tensor
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionRows:
     """R rows of one flat batch of T new tokens; row r's tokens are adjacent.
 

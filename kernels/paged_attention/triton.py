@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weft.kernels.groups import to_device
 
-from .rows import AttentionRows
+from .rows import AttentionRows, LogSumExp
 
 LOG2_E = math.log2(math.e)
 
@@ -26,6 +26,7 @@ def attention_kernel(
     k_cache,
     v_cache,
     out,
+    lse,
     sinks,
     tiles,
     query_starts,
@@ -45,6 +46,7 @@ def attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -112,6 +114,8 @@ def attention_kernel(
 
     total = tl.where(live, total, 1.0)  # a pair beyond the row's last may have seen no key
     out_at = out + (token[:, None] * (kv_heads * GROUP) + head[:, None]) * VALUE_DIM + e[None, :]
+    if HAS_LSE:
+        tl.store(lse + token * (kv_heads * GROUP) + head, (top + tl.log2(total)) * 0.6931471805599453, mask=live)
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=live[:, None] & (e < VALUE_DIM)[None, :])
 
 
@@ -177,6 +181,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    lse: LogSumExp | None = None,
 ) -> Tensor:
     """See `weft.kernels.paged_attention.paged_attention`."""
     tokens, heads, head_dim = q.shape
@@ -192,6 +197,7 @@ def paged_attention(
         k_cache,
         v_cache,
         out,
+        out if lse is None else lse.values,
         q if sinks is None else sinks,
         tiles,
         rows.query_starts,
@@ -207,6 +213,7 @@ def paged_attention(
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
+        HAS_LSE=lse is not None,
         **config,
     )
     return out

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from weft.adapters.sites import ActiveRows
-from weft.kernels.paged_attention import AttentionRows, paged_attention, write_kv
+from weft.kernels.gated_prefix import Joint
+from weft.kernels.paged_attention import AttentionRows, LogSumExp, paged_attention, write_kv
 
 T = TypeVar("T")
 
@@ -79,9 +80,27 @@ def attend(
     write_kv(k_cache, v_cache, k, v, context.rows.slot_mapping)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = paged_attention(
-        q, k_cache, v_cache, context.rows, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
+        q,
+        k_cache,
+        v_cache,
+        context.rows,
+        scale=scale,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        lse=_joined(context.sites, q, scale),
     )
     return out.unsqueeze(0), None
+
+
+def _joined(sites: ActiveRows, query: torch.Tensor, scale: float) -> LogSumExp | None:
+    """What is wanted besides the output, where adapters' own prefixes join the softmax at the output projection."""
+    gates, spans = sites.prefix_gates, sites.spans
+    if gates is None or spans is None:
+        return None
+    lse = LogSumExp(query.new_empty(query.shape[:2], dtype=torch.float32), spans.rows)
+    sites.joint, sites.prefix_gates = Joint(lse.values, gates, scale), None
+    return lse
 
 
 def probe(

@@ -9,6 +9,7 @@ import torch
 
 from weft.kernels.groups import RowGroups, to_device
 from weft.kernels.paged_attention import AttentionRows
+from weft.kernels.spans import Spans
 from weft.server.engine.scheduler import Row
 
 
@@ -43,6 +44,7 @@ class Batch:
         num_adapters: distinct adapters in the batch.
         copies: pages (from, to) to copy before the pass: tails of adapters' prompts.
         embeddings: flat tokens, and what stands for them in place of their ids: int64 ``[V]``, ``[V, hidden]``.
+        spans: what gates are means over; None where no row has gates.
     """
 
     input_ids: torch.Tensor
@@ -55,6 +57,7 @@ class Batch:
     num_adapters: int
     copies: list[tuple[int, int]]
     embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    spans: Spans | None
 
     @classmethod
     def build(cls, rows: list[Row], block_size: int, device: torch.device) -> Batch:
@@ -84,6 +87,7 @@ class Batch:
             num_adapters=len(tokens.active),
             copies=[row.seq.copy for row in rows if row.seq.copy is not None],
             embeddings=_embeddings(rows, lens, device),
+            spans=_spans(rows, device),
         )
 
 
@@ -106,6 +110,19 @@ def _embeddings(rows: list[Row], lens: list[int], device: torch.device) -> tuple
     if not places:
         return None
     return to_device(np.concatenate(places), device), torch.cat(vectors).to(device, non_blocking=True)
+
+
+def _spans(rows: list[Row], device: torch.device) -> Spans | None:
+    """A row without gates is one span, whatever it is."""
+    gated = [index for index, row in enumerate(rows) if row.seq.whole_prompt]
+    if not gated:
+        return None
+    lengths = [
+        length
+        for row in rows
+        for length in (row.seq.spans(row.start, row.stop) if row.seq.whole_prompt else (row.stop - row.start,))
+    ]
+    return Spans.build(lengths, gated, device)
 
 
 def _wanted(rows: list[Row]) -> tuple[list[Wanted], np.ndarray[tuple[int], np.dtype[np.int64]]]:

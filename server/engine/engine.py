@@ -86,6 +86,7 @@ class Engine:
         root = root_key(self.info.fingerprint, adapter, request.cache_salt)
         seq = Sequence.start(request, root, max_len, outline.prompt if outline else None)
         seq.adapter = adapter
+        seq.whole_prompt = outline is not None and outline.whole_prompts
         if outline is not None and outline.invocation:
             seq.root = root_key(self.info.fingerprint, None, request.cache_salt)
             activation = last_occurrence(request.prompt_token_ids, outline.invocation)
@@ -269,6 +270,13 @@ class Engine:
             self._check_tokens(field, tokens)
         if not ids:
             raise InvalidRequest("the prompt is empty", param="prompt")
+        if outline is not None and outline.whole_prompts and len(ids) > self.config.max_num_batched_tokens:
+            raise InvalidRequest(
+                f"the prompt has {len(ids)} tokens; this model computes a prompt in one pass, of at most "
+                f"{self.config.max_num_batched_tokens} tokens: raise --max-num-batched-tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
         prompt = outline.prompt if outline else None
         own = prompt.length if prompt else 0
         if own % self.info.block_size:

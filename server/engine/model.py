@@ -33,6 +33,7 @@ class ModelRunner:
         self._copy_pages(batch.copies)
         context = AttentionContext(batch.attention, self.cache.keys, self.cache.values, self._rows)
         self._rows.tokens, self._rows.logits, self._rows.embeddings = batch.tokens, batch.logits, batch.embeddings
+        self._rows.spans = batch.spans
         try:
             output: Any = self.model(
                 input_ids=batch.input_ids,
@@ -42,7 +43,7 @@ class ModelRunner:
                 weft=context,
             )
         finally:
-            self._rows.tokens = self._rows.logits = self._rows.embeddings = self._rows.query = None
+            self._rows.clear()
         logits: torch.Tensor = output.logits[0].float()
         return logits
 

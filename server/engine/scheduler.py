@@ -66,6 +66,7 @@ class Scheduler:
         self.cache_queries = 0
         self.cache_hits = 0
         self._arrivals = 0
+        self._held: Sequence | None = None
 
     def add(self, seq: Sequence) -> None:
         """Queue a new request."""
@@ -74,8 +75,13 @@ class Scheduler:
         self.waiting.push(seq)
 
     def schedule(self) -> list[Row]:
-        """The rows of the next step, decoding ones first. Their pages are allocated."""
-        budget = self.config.max_num_batched_tokens
+        """The rows of the next step, decoding ones first. Their pages are allocated.
+
+        A prompt that is computed whole and found too little budget left has what it takes reserved in the next step,
+        in which decoding rows may have to pause; never in two steps in a row.
+        """
+        held, self._held = self._held, None
+        budget = self.config.max_num_batched_tokens - (held.prompt_len if held else 0)
         preemptions = self.preemptions
         decoding = [seq for seq in self.running if seq.remaining == 1]
         rows = self._extend(decoding, budget)
@@ -85,7 +91,7 @@ class Scheduler:
         # Whoever was preempted for the sake of another must not run.
         rows = [row for row in rows if row.seq.blocks]
         if self.preemptions == preemptions:  # pages are short otherwise, and admitting would preempt again
-            rows += self._admit(self.config.max_num_batched_tokens - sum(row.stop - row.start for row in rows))
+            rows += self._admit(self.config.max_num_batched_tokens - sum(row.stop - row.start for row in rows), held)
         for row in rows:
             if row.seq.embeddings is None:
                 self.waiting.charge(row.seq.name, row.stop - row.start)
@@ -108,19 +114,23 @@ class Scheduler:
                 budget -= count
         return rows
 
-    def _admit(self, budget: int) -> list[Row]:
-        """Rows for waiting sequences, while there are budget, rows, pages and slots."""
+    def _admit(self, budget: int, held: Sequence | None) -> list[Row]:
+        """Rows for waiting sequences, ``held`` first, while there are budget, rows, pages and slots."""
         rows: list[Row] = []
+        first = held
         while budget > 0 and len(self.running) < self.config.max_num_seqs:
-            seq = self.waiting.next(self._acquire_slot)
+            seq = self._next(first)
             if seq is None:
                 break
             cached = self._cached_blocks(seq)
             while not (room := self._has_room(seq, cached)) and self.prompts.evict():
                 cached = self._cached_blocks(seq)
+            if room and seq.whole_prompt and seq.prompt_len > budget:
+                room, self._held = False, None if held else seq
             if not room:
                 self._release_slot(seq)
                 break
+            first = None
             self.waiting.remove(seq)
             self.running.append(seq)
             self._reuse(seq, cached)
@@ -131,6 +141,10 @@ class Scheduler:
             rows.append(Row(seq, seq.computed, seq.computed + count))
             budget -= count
         return rows
+
+    def _next(self, only: Sequence | None) -> Sequence | None:
+        """Whom to admit next, its slot acquired; no one but ``only``, if it is given."""
+        return self.waiting.next(lambda seq: only in (None, seq) and self._acquire_slot(seq))
 
     def _acquire_slot(self, seq: Sequence) -> bool:
         version = seq.adapter
@@ -158,7 +172,7 @@ class Scheduler:
 
     def _cached_blocks(self, seq: Sequence) -> list[int]:
         """Pages already computed for a prefix of the tokens; at least one token is left to compute."""
-        if not self.config.enable_prefix_caching or seq.request.params.prompt_logprobs is not None:
+        if not self.config.enable_prefix_caching or seq.whole_prompt or seq.request.params.prompt_logprobs is not None:
             return []
         return self.blocks.lookup(seq.full_block_keys(self.config.block_size, len(seq.tokens) - 1))
 
@@ -207,7 +221,7 @@ class Scheduler:
         seq.copy = None
         if seq.embeddings is not None:
             self.prompts.computed(seq, row.stop - row.start)
-        elif self.config.enable_prefix_caching:
+        elif self.config.enable_prefix_caching and not seq.whole_prompt:
             keys = seq.full_block_keys(self.config.block_size, seq.computed)
             shared = seq.offset // self.config.block_size
             for index in range(seq.published, len(keys)):
@@ -222,6 +236,8 @@ class Scheduler:
 
     def finish(self, seq: Sequence) -> None:
         """Remove a sequence, wherever it is, and everything it holds."""
+        if seq is self._held:
+            self._held = None
         if seq in self.running:
             self._vacate(seq)
         else:

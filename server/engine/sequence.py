@@ -34,6 +34,7 @@ class Sequence:
         copy: page whose head is the tail of that prompt, and the sequence's own page to copy it to before it runs.
         embeddings: ``[len(tokens), hidden]`` of virtual tokens, in place of what the token ids stand for.
         max_len: tokens of prompt and output at most.
+        whole_prompt: its prompt is computed in one pass, because its adapter's gates are means over it.
         seed: of its random numbers.
         prompt_logprobs: filled as the prompt is computed, if asked for.
         arrival: position in the order of acceptance.
@@ -58,6 +59,7 @@ class Sequence:
     prompt_blocks: list[int] = field(default_factory=list)
     copy: tuple[int, int] | None = None
     embeddings: torch.Tensor | None = None
+    whole_prompt: bool = False
     seed: int = 0
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -116,6 +118,12 @@ class Sequence:
         """The slot of each of the tokens ``[start, stop)``."""
         before = min(max(self.activation - start, 0), stop - start)
         return [-1] * before + [self.slot] * (stop - start - before)
+
+    def spans(self, start: int, stop: int) -> list[int]:
+        """How the tokens ``[start, stop)`` are cut for the gates: the prompt is one span, each later token another."""
+        prompt = max(self.prompt_len - start, 0)
+        assert not prompt or (start == 0 and stop >= prompt), "a prompt that gates are means over was cut"
+        return [prompt] * (prompt > 0) + [1] * (stop - start - prompt)
 
     def pages(self, block_size: int, tokens: int) -> int:
         """Pages that the first ``tokens`` tokens and what stands in front of them take."""

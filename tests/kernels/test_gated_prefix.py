@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.test_grouped_lora import bits, rows_of
-from weft.kernels.gated_prefix import gated_prefix, reference, triton
+from weft.kernels.gated_prefix import Joint, gated_prefix, reference, triton
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
 from weft.kernels.testing import TOLERANCES, assert_close, random_rows
@@ -17,6 +17,11 @@ def random_prefix(counts: list[int], width: int, head_dim: int, dtype: torch.dty
     return keys, random_rows(counts, width, dtype, seed=4)
 
 
+def random_joint(rows: int, heads: int) -> Joint:
+    gen = torch.Generator().manual_seed(8)
+    return Joint(torch.randn(rows, heads, generator=gen) * 2, torch.rand(rows, 2, generator=gen), 0.7)
+
+
 @pytest.mark.parametrize("implementation", [gated_prefix, triton.gated_prefix])
 @given(
     slots=st.lists(st.integers(-1, SLOTS - 1), max_size=40),
@@ -26,17 +31,21 @@ def random_prefix(counts: list[int], width: int, head_dim: int, dtype: torch.dty
     head_dim=st.sampled_from([8, 20, 64]),
     dtype=st.sampled_from(list(TOLERANCES)),
     strided=st.booleans(),
+    joined=st.booleans(),
 )
-@settings(deadline=None, max_examples=30)
-def test_it_agrees_with_the_reference(implementation, slots, counts, kv_heads, group, head_dim, dtype, strided) -> None:
+@settings(deadline=None, max_examples=40)
+def test_it_agrees_with_the_reference(
+    implementation, slots, counts, kv_heads, group, head_dim, dtype, strided, joined
+) -> None:
     heads = kv_heads * group
     y = rows_of(heads * head_dim, len(slots), dtype, strided=strided, seed=1)
     q = torch.randn(heads, len(slots), head_dim, generator=torch.Generator().manual_seed(2)).to(dtype).transpose(0, 1)
     keys, values = random_prefix(counts, kv_heads * head_dim, head_dim, dtype)
     groups = RowGroups.build(slots, "cpu", block_rows=32 if strided else 16)
+    joint = random_joint(len(slots), heads) if joined else None
     before, expected = y.clone(), y.clone()
-    reference.gated_prefix(expected, q, keys, values, groups)
-    implementation(y, q, keys, values, groups)
+    reference.gated_prefix(expected, q, keys, values, groups, joint)
+    implementation(y, q, keys, values, groups, joint)
     assert_close(y, expected)
     untouched = [t for t, slot in enumerate(slots) if slot < 0 or not counts[slot]]
     assert torch.equal(bits(y[untouched]), bits(before[untouched]))
@@ -55,6 +64,25 @@ def test_the_reference_is_the_formula() -> None:
                 expected[t, 3 * head : 3 * head + 3] += weight * value[at].double()
     reference.gated_prefix(y, q, keys, values, RowGroups.build(slots, "cpu"))
     assert_close(y, expected.float())
+
+
+@pytest.mark.parametrize("implementation", [gated_prefix, triton.gated_prefix])
+def test_joined_it_is_one_softmax_over_both(implementation) -> None:
+    """Attention over six keys of the row's own and five of the prefix, whose keys and values are gated."""
+    gen = torch.Generator().manual_seed(1)
+    prefix_keys, prefix_values = random_prefix([5], 6, 3, torch.float32)
+    q, keys, values = (torch.randn(*shape, 3, generator=gen) for shape in ((2, 4), (6, 2), (6, 2)))
+    gates = torch.rand(2, 2, generator=gen)
+    own = torch.einsum("thd,nhd->thn", q, keys.repeat_interleave(2, 1)) * 0.7
+    y = torch.einsum("thn,nhd->thd", own.softmax(-1), values.repeat_interleave(2, 1)).flatten(1)
+    expected = torch.empty(2, 4, 3)
+    for t in range(2):
+        k = torch.cat([keys, gates[t, 0] * prefix_keys.of(0).view(5, 2, 3)]).repeat_interleave(2, 1)
+        v = torch.cat([values, gates[t, 1] * prefix_values.of(0).view(5, 2, 3)]).repeat_interleave(2, 1)
+        expected[t] = torch.einsum("hn,nhd->hd", (torch.einsum("hd,nhd->hn", q[t], k) * 0.7).softmax(-1), v)
+    joint = Joint(own.logsumexp(-1), gates, 0.7)
+    implementation(y, q, prefix_keys, prefix_values, RowGroups.build([0, 0], "cpu"), joint)
+    assert_close(y, expected.flatten(1))
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -84,5 +112,8 @@ def test_what_does_not_fit_is_refused() -> None:
             gated_prefix(*wrong, groups)
     with pytest.raises(ValueError, match="keys"):
         gated_prefix(y, q, random_rows([3], 6, torch.float32), values, groups)
+    for lse, gates in ((torch.ones(2, 3), torch.ones(2, 2)), (torch.ones(2, 4), torch.ones(2, 1))):
+        with pytest.raises(ValueError, match="do not fit"):
+            gated_prefix(y, q, keys, values, groups, Joint(lse, gates, 1.0))
     with pytest.raises(ValueError, match="dtypes must be equal"):
         gated_prefix(y.half(), q, keys, values, groups)

@@ -38,16 +38,18 @@ def random_bottlenecks(
     width=st.integers(1, 300),
     dtype=st.sampled_from(list(TOLERANCES)),
     strided=st.booleans(),
+    gated=st.booleans(),
 )
 @settings(deadline=None, max_examples=30)
-def test_it_agrees_with_the_reference(implementation, slots, units, kinds, width, dtype, strided) -> None:
+def test_it_agrees_with_the_reference(implementation, slots, units, kinds, width, dtype, strided, gated) -> None:
     f = rows_of(width, len(slots), dtype, strided=strided, seed=1)
     r = rows_of(width, len(slots), dtype, strided=strided, seed=2)
     bottlenecks = random_bottlenecks(units, kinds, width, dtype)
     groups = RowGroups.build(slots, "cpu", block_rows=32 if strided else 16)
+    gates = torch.rand(len(slots), 2, generator=torch.Generator().manual_seed(7)) if gated else None
     before, expected = f.clone(), f.clone()
-    reference.grouped_bottleneck(expected, r, bottlenecks, groups)
-    implementation(f, r, bottlenecks, groups)
+    reference.grouped_bottleneck(expected, r, bottlenecks, groups, gates)
+    implementation(f, r, bottlenecks, groups, gates)
     assert_close(f, expected)
     untouched = [t for t, slot in enumerate(slots) if slot < 0 or not units[slot]]
     assert torch.equal(bits(f[untouched]), bits(before[untouched]))
@@ -56,6 +58,7 @@ def test_it_agrees_with_the_reference(implementation, slots, units, kinds, width
 @pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("given_input", Input)
 def test_the_reference_is_the_formula(given_input: Input, activation: Activation) -> None:
+    gates = torch.tensor([[0.5, 9.0], [0.3, 9.0], [0.25, 9.0]])
     kind = (given_input, activation)
     bottlenecks = random_bottlenecks([0, 9], [kind, kind], 5, torch.float32)
     f, r = (rows_of(5, 3, torch.float32, strided=False, seed=seed) for seed in (1, 2))
@@ -66,9 +69,9 @@ def test_the_reference_is_the_formula(given_input: Input, activation: Activation
 
     bias = whole(bottlenecks.down_bias).flatten()[:9]
     z = activate(x @ whole(bottlenecks.down).T + bias, activation)
-    expected = f.double() + z @ whole(bottlenecks.up) + whole(bottlenecks.up_bias)
+    expected = f.double() + gates[:, :1] * (z @ whole(bottlenecks.up) + whole(bottlenecks.up_bias))
     expected[1] = f[1].double()
-    reference.grouped_bottleneck(f, r, bottlenecks, RowGroups.build([1, 0, 1], "cpu"))
+    reference.grouped_bottleneck(f, r, bottlenecks, RowGroups.build([1, 0, 1], "cpu"), gates)
     assert_close(f, expected.float())
 
 
@@ -91,5 +94,8 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in ((f[:1], f[:1]), (f, f[:1]), (torch.zeros(2, 4), torch.zeros(2, 4))):
         with pytest.raises(ValueError, match="do not fit"):
             grouped_bottleneck(*wrong, bottlenecks, groups)
+    for gates in (torch.ones(1, 1), torch.ones(2, 1).double()):
+        with pytest.raises(ValueError, match="do not fit"):
+            grouped_bottleneck(f, f, bottlenecks, groups, gates)
     with pytest.raises(ValueError, match="dtypes must be equal"):
         grouped_bottleneck(f.half(), f, bottlenecks, groups)

@@ -9,7 +9,16 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
-from weft.kernels.paged_attention import AttentionRows, cpu, paged_attention, plan, reference, triton, write_kv
+from weft.kernels.paged_attention import (
+    AttentionRows,
+    LogSumExp,
+    cpu,
+    paged_attention,
+    plan,
+    reference,
+    triton,
+    write_kv,
+)
 from weft.kernels.testing import TOLERANCES, AttentionCase, assert_close, random_attention
 
 HEADS = st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (7, 1)])
@@ -57,6 +66,20 @@ def test_triton_agrees_with_the_reference(drawn: tuple[AttentionCase, dict]) -> 
 def test_torch_agrees_with_the_reference(drawn: tuple[AttentionCase, dict]) -> None:
     case, options = drawn
     assert_close(paged_attention(*inputs(case), **options), reference.paged_attention(*inputs(case), **options))
+
+
+@pytest.mark.parametrize("implementation", [paged_attention, triton.paged_attention])
+@given(drawn=cases(max_rows=4, max_query=20, max_context=60))
+@settings(deadline=None, max_examples=30)
+def test_log_sum_exps_of_the_rows_that_are_wanted(implementation, drawn: tuple[AttentionCase, dict]) -> None:
+    case, options = drawn
+    wanted = tuple(range(0, len(case.rows.query_lens), 2))
+    given_lse, expected = (LogSumExp(torch.zeros(case.q.shape[:2]), wanted) for _ in range(2))
+    result = implementation(*inputs(case), **options, lse=given_lse)
+    assert_close(result, reference.paged_attention(*inputs(case), **options, lse=expected))
+    starts = case.rows.query_starts.tolist()
+    tokens = [t for r in wanted for t in range(starts[r], starts[r + 1])]
+    torch.testing.assert_close(given_lse.values[tokens], expected.values[tokens], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(40, 1, 16), (2, 1, 80), (2, 2, 96), (2, 1, 256)])

@@ -23,6 +23,7 @@ from weft.adapters.methods.hub.prefix import compile_prefix
 from weft.adapters.methods.hub.saved import Saved, read_envelope
 
 UNION = FieldTable(honoured=("architecture", "configs"))
+OF_PREFIXES = {"joint", "prefix_gate"}
 ARCHITECTURES = ("bottleneck", "lora", "prefix_tuning", "union")
 
 
@@ -48,12 +49,25 @@ def compile_hub(folder: Path, base: Base) -> tuple[str, Mapping[str, SiteForms],
     prompt: Prompt | None = None
     for part in _parts(saved, architecture):
         forms, own = _compile(part)
-        if (own is not None and prompt is not None) or forms.keys() & sites.keys():
-            raise AdapterUnsupported("configs adapts something twice, which the library refuses too", param="configs")
-        sites, prompt = sites | forms, own or prompt
+        if own is not None and prompt is not None:
+            raise _twice()
+        sites |= {path: _together(sites.get(path, SiteForms()), form) for path, form in forms.items()}
+        prompt = own or prompt
         part.config.finish()
     checkpoint.finish()
     return f"AdapterHub {architecture}", sites, prompt
+
+
+def _together(one: SiteForms, other: SiteForms) -> SiteForms:
+    """What two members of a union do at the same site: only a gated prefix touches nothing of what another one does."""
+    mine, others = ({name: form for name, form in vars(forms).items() if form is not None} for forms in (one, other))
+    if mine.keys() & others.keys() or not (mine.keys() <= OF_PREFIXES or others.keys() <= OF_PREFIXES):
+        raise _twice()
+    return replace(one, **others)
+
+
+def _twice() -> AdapterUnsupported:
+    return AdapterUnsupported("configs adapts something twice, which the library refuses too", param="configs")
 
 
 def _parts(saved: Saved, architecture: str) -> list[Saved]:
@@ -75,7 +89,8 @@ def _compile(part: Saved) -> tuple[dict[str, SiteForms], Prompt | None]:
     if architecture == "lora":
         return compile_lora(part), None
     if architecture == "prefix_tuning":
-        return {}, compile_prefix(part)
+        prefix = compile_prefix(part)
+        return (prefix, None) if isinstance(prefix, dict) else ({}, prefix)
     raise AdapterUnsupported(
         f"architecture={show(architecture)} is not served; these are: {', '.join(ARCHITECTURES)}", param="architecture"
     )

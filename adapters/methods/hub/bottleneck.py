@@ -1,9 +1,10 @@
 """Bottleneck adapters as the AdapterHub library has them: Houlsby (arXiv 1902.00751), Pfeiffer (2005.00247), parallel
 (2110.04366), Compacter (2106.04647); AdapterDrop (2010.11918) leaves out layers.
 
-h = r + f + s · (U act(D x + b) + c), with f the output of attention or of the feed-forward network and r the residual
-stream before it; x is r for a parallel adapter, f + r for Pfeiffer's and f for Houlsby's. No norm takes part, because
-the library gives its adapters none on a decoder whose norms come first.
+h = r + f + s · g · (U act(D x + b) + c), with f the output of attention or of the feed-forward network and r the
+residual stream before it; x is r for a parallel adapter, f + r for Pfeiffer's and f for Houlsby's. No norm takes part,
+because the library gives its adapters none on a decoder whose norms come first. g is 1, or the mean of σ(w · x + v) over
+the tokens of a forward pass (UniPELT, 2110.07577).
 """
 
 from __future__ import annotations
@@ -19,10 +20,6 @@ from weft.adapters.methods.hub.saved import Saved
 from weft.adapters.parts import Bottleneck
 from weft.kernels.grouped_bottleneck import Input
 
-GATED = (
-    "the gate is a mean over the whole sequence, so that a token's output depends on those after it: computing a "
-    "prompt in chunks, or decoding from cached keys and values, gives something else"
-)
 MAX_UNITS = 1 << 20
 
 FIELDS = FieldTable(
@@ -35,6 +32,7 @@ FIELDS = FieldTable(
             "non_linearity",
             "is_parallel",
             "scaling",
+            "use_gating",
         ),
         *("original_ln_before", "original_ln_after", "residual_before_ln", "leave_out"),
         *("phm_layer", "phm_dim", "phm_rank", "phm_bias", "factorized_phm_W", "shared_W_phm"),
@@ -57,7 +55,6 @@ FIELDS = FieldTable(
         "inv_adapter": Neutral("an invertible adapter changes the embeddings and the head"),
         "ln_after": Neutral("the adapter ends in a norm of its own"),
         "ln_before": Neutral("the adapter begins with a norm of its own"),
-        "use_gating": Neutral(GATED),
     },
 )
 """Every field of BnConfig of adapters 1.3.0."""
@@ -92,6 +89,7 @@ class _Reader:
         self._products = products if config.flag("phm_layer") else None
         self._factor = config.value("reduction_factor", None)
         self._scaling = config.value("scaling", 1.0)
+        self._gated = config.flag("use_gating")
         self.input = _input(saved)
 
     def bottleneck(self, sublayer: Sublayer) -> Bottleneck:
@@ -108,7 +106,8 @@ class _Reader:
             down_bias = saved.take(f"{name}.adapter_down.0.bias", units)
             up = saved.take(f"{name}.adapter_up.weight", hidden, units)
             up_bias = saved.take(f"{name}.adapter_up.bias", hidden)
-        return Bottleneck(down, down_bias, scale.view(-1, 1) * up, scale * up_bias, self._activation, self.input)
+        gate = saved.gate(f"{name}.gate", 1, hidden) if self._gated else None
+        return Bottleneck(down, down_bias, scale.view(-1, 1) * up, scale * up_bias, self._activation, self.input, gate)
 
     def _units(self, layer: int) -> int:
         """The width of the bottleneck: the hidden size divided by a number, of all layers or of this one."""

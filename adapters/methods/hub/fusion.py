@@ -110,6 +110,8 @@ def _member(folder: Path, base: Base, name: str) -> dict[str, Bottleneck]:
             "a fusion of parallel adapters is not served: the library adds the residual stream twice",
             param="is_parallel",
         )
+    if any(bottleneck.gate is not None for bottleneck in bottlenecks.values()):
+        raise AdapterUnsupported("a fusion of gated adapters is not served", param="use_gating")
     if saved.layers_left_out():
         raise AdapterUnsupported("a fusion of adapters that leave out layers is not served", param="leave_out")
     return bottlenecks

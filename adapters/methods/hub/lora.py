@@ -1,5 +1,7 @@
 """LoRA, IA3 and DoRA as the AdapterHub library has them, which is not quite as peft has: IA3 scales outputs alone, and
-DoRA's norm is that of W + B A without LoRA's scale, and rescales the base's bias too.
+DoRA's norm is that of W + B A without LoRA's scale, and rescales the base's bias too. A gated LoRA (UniPELT, arXiv
+2110.07577) has a gate in place of LoRA's scale, the mean of σ(w · x + v) over the tokens of a forward pass; on a merged
+linear one for each of q, k and v.
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ from weft.adapters.base import Site
 from weft.adapters.config_fields import FieldTable, Neutral, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
 from weft.adapters.forms import SiteForms
-from weft.adapters.methods.hub.bottleneck import GATED
 from weft.adapters.methods.hub.saved import Saved
-from weft.adapters.parts import LowRank
+from weft.adapters.parts import GatedLowRank, LowRank
 
 MAX_RANK = 1 << 14
 MATRICES = ("q", "k", "v")
@@ -23,7 +24,7 @@ MATRICES = ("q", "k", "v")
 FIELDS = FieldTable(
     honoured=(
         *("architecture", "selfattn_lora", "intermediate_lora", "output_lora", "attn_matrices", "leave_out"),
-        *("r", "alpha", "composition_mode", "use_dora"),
+        *("r", "alpha", "composition_mode", "use_dora", "use_gating"),
     ),
     ignored={
         "dropout": "no dropout at inference",
@@ -32,7 +33,6 @@ FIELDS = FieldTable(
         "init_weights_seed": "how the weights were initialised before training",
     },
     neutral={
-        "use_gating": Neutral(GATED),
         "vera_b": Neutral("VeRA's shared matrices are saved in a layer of their own"),
         "vera_d": Neutral("VeRA's shared matrices are saved in a layer of their own"),
     },
@@ -93,9 +93,15 @@ class _Reader:
         if saved.version is not None and (0, 0) < saved.version < (1, 1):
             self._alpha = self._rank  # what these versions computed, and the library restores
         self._dora = config.flag("use_dora")
+        self._gated = config.flag("use_gating")
         self._ia3 = _is_ia3(config.text("composition_mode"))
         if self._ia3 and (self._rank != 1 or self._dora):
             raise AdapterFormatError("composition_mode='scale' goes with r=1 and without use_dora", param="r")
+        if self._gated and (self._ia3 or self._dora):
+            raise AdapterUnsupported(
+                "use_gating is served where what is gated is added: not with use_dora, nor composition_mode='scale'",
+                param="use_gating",
+            )
 
     def site(self, site: Site, *, merged: bool) -> SiteForms:
         """The forms of one linear; ``merged``: its outputs are those of q, k and v."""
@@ -107,6 +113,9 @@ class _Reader:
         else:
             a = self._saved.take(f"{name}.lora_A", self._rank, site.in_features)
             form = LowRank(a, self._saved.take(f"{name}.lora_B", site.out_features, self._rank))
+        if self._gated:  # in place of the scale
+            gate = self._saved.gate(f"{name}.gate", sum(self._chosen) if merged else 1, site.in_features)
+            return SiteForms(gated=GatedLowRank(form.a, form.b, gate))
         scale = self._alpha / self._rank
         if not self._dora:
             return SiteForms(LowRank(form.a, scale * form.b))

@@ -13,7 +13,9 @@ from weft.adapters.base import Base
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
+from weft.adapters.parts import Gate
 from weft.kernels.activations import Activation
+from weft.kernels.mean_gates import Link
 
 ENVELOPE = FieldTable(
     honoured=("config", "hidden_size", "model_type", "name", "version"),
@@ -73,6 +75,11 @@ class Saved:
     def take(self, tensor: str, *shape: int) -> torch.Tensor:
         """One tensor in fp32, by its name in a model with a head: ``model.layers.0....``."""
         return self.checkpoint.tensors.take(self._found(tensor), shape).float()
+
+    def gate(self, name: str, count: int, width: int) -> Gate:
+        """The gate of what has this name: sigmoids, which the library takes the mean of over a forward pass."""
+        weight, bias = self.take(f"{name}.weight", count, width), self.take(f"{name}.bias", count)
+        return Gate(weight, bias, Link.SIGMOID)
 
     def _found(self, tensor: str) -> str:
         """Its name in the file: a model saved without a head has no ``model.`` in front."""
