@@ -66,6 +66,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "OFT": "oft",
         "BOFT": "boft",
         "ROAD": "road",
+        "LILY": "lily",
     }
 )
 """peft_type to the module of this package that serves it; imported when first used."""

@@ -1,13 +1,13 @@
 """Lily (arXiv 2407.09946): layers share a way down and several ways up, which each layer weighs in its own way.
 
-``y += s · Σ_e p_e B_e (A x)``, with p the mean of ``softmax(R A x)`` over the tokens of a forward pass. The modules that
-one name of ``target_modules`` selects, as far as their weights are of one shape, share all B, and every ``stride_A`` of
-them in a row A; R is each one's own. peft saves what is shared once for every module.
+``y += s · Σ_e p_e B_e (A x)``, with p the mean of ``softmax(R A x)`` over the tokens of a forward pass. The modules
+that one name of ``target_modules`` selects, as far as their weights are of one shape, share all B, and every
+``stride_A`` of them in a row A; R is each one's own. peft saves what is shared once for every module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -38,7 +38,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     sites = method_sites(checkpoint, base, FIELDS, defaults.LORA)
     _check_sites(sites, base)
     rank = config.integer("r", 32, low=1, high=MAX_RANK)
-    count = config.integer("num_B", 2, low=1, high=MAX_GATES)
+    count = config.integer("num_B", 2, low=2, high=min(MAX_GATES, *(site.in_features for site in sites)))
     stride = config.integer("stride_A", 1, low=1, high=MAX_STRIDE)
     scaling = config.number("scaling", 1.0)
     check_memory(base, sum(rank * (site.in_features + count * site.out_features) for site in sites))
@@ -68,8 +68,6 @@ def _check_sites(sites: Sequence[Site], base: Base) -> None:
                 "are asked for",
                 param="target_modules",
             )
-        if site.in_features < MAX_GATES and site.in_features < 2:
-            raise AdapterUnsupported(f"{show(site.path)} is too narrow", param="target_modules")
 
 
 def _groups(checkpoint: Checkpoint, base: Base, sites: Sequence[Site]) -> list[list[Site]]:

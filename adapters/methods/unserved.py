@@ -10,8 +10,6 @@ from weft.adapters.errors import AdapterUnsupported
 
 REASONS: Mapping[str, str] = MappingProxyType(
     {
-        "LILY": "it weighs its experts by the mean over all tokens of all requests of a forward pass, so the answer to "
-        "a request depends on what runs beside it and on how its prompt is cut; it has no result of its own",
         "SHADOW": "it runs a small transformer of its own, with keys and values of its own, beside the base and mixes "
         "the two streams in every layer",
         "XLORA": "it runs the base twice over every token, first without its experts to find their weights, and needs "

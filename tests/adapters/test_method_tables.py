@@ -59,6 +59,7 @@ def test_every_field_of_pefts_config_is_classified_once(peft_type: str) -> None:
         ("LORA", "BOFT"),
         ("LORA", "ROAD"),
         ("LORA", "TINYLORA"),
+        ("LORA", "LILY"),
         ("NARROW_PHI", "FROD"),
         ("OSF", "OSF"),
         ("LN_TUNING", "LNTUNING"),

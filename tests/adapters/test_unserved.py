@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LilyConfig, PeftConfig, PeftType, ShadowConfig, XLoraConfig, get_peft_model
+from peft import PeftConfig, PeftType, ShadowConfig, XLoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.adapters.conftest import TinyBase
-from tests.support.adapters import PeftReference, edit_tensors, make_adapter, make_lora
+from tests.support.adapters import edit_tensors, make_adapter, make_lora
 from weft.adapters.errors import AdapterUnsupported
 from weft.adapters.methods import METHODS, PROMPT_METHODS, compile_adapter
 from weft.adapters.methods.unserved import CLASSIFIER, REASONS
@@ -34,22 +34,12 @@ def test_nothing_is_both_served_and_refused() -> None:
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (LilyConfig(task_type=TASK, r=4, num_B=2, target_modules=["q_proj"]), "depends on what runs beside it"),
         (ShadowConfig(task_type=TASK, r=4), "a small transformer of its own"),
     ],
 )
 def test_the_reason_is_said(config: PeftConfig, why: str, llama: TinyBase, tmp_path: Path) -> None:
     error = refusal(make_adapter(llama.folder, tmp_path / "adapter", config), llama)
     assert why in error.message and str(config.peft_type.value) in error.message
-
-
-def test_lily_depends_on_its_batch(llama: TinyBase, tmp_path: Path) -> None:
-    config = LilyConfig(task_type=TASK, r=4, num_B=2, target_modules=["q_proj"])
-    model = PeftReference(llama.folder, make_adapter(llama.folder, tmp_path / "adapter", config)).model
-    with torch.no_grad():
-        alone = model(input_ids=torch.tensor([PROMPT])).logits[0]
-        beside = model(input_ids=torch.tensor([PROMPT, PROMPT[::-1]])).logits[0]
-    assert float((alone - beside).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

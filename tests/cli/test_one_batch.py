@@ -133,7 +133,7 @@ def assert_as_alone(id: str, answer: dict[str, Any], prompt: list[int], oracle: 
     """Greedy tokens of the adapter alone in its own library, with its log-probabilities."""
     tokens: list[int] = answer["token_ids"]
     assert len(tokens) == MAX_TOKENS
-    steps = oracle.logits([*prompt, *tokens]).log_softmax(-1)[len(prompt) - 1 : -1]
+    steps = oracle.logits([*prompt, *tokens], len(prompt)).log_softmax(-1)[len(prompt) - 1 : -1]
     assert tokens == steps.argmax(-1).tolist(), id
     alone = steps.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1).tolist()
     assert answer["logprobs"]["token_logprobs"] == pytest.approx(alone, abs=TOLERANCE), id

@@ -87,7 +87,7 @@ def assert_alone(stream: Stream, oracle: PeftReference, tolerance: float = 1e-3)
     """The stream's tokens are the greedy ones of the adapter alone, its log-probabilities those of peft."""
     assert stream.last is not None and stream.last.error is None, stream.last
     prompt = stream.request.prompt_token_ids
-    logprobs = oracle.logits([*prompt, *stream.tokens]).log_softmax(-1)
+    logprobs = oracle.logits([*prompt, *stream.tokens], len(prompt)).log_softmax(-1)
     steps = logprobs[len(prompt) - 1 : -1]
     assert stream.tokens == steps.argmax(-1).tolist()
     expected = steps.gather(1, torch.tensor(stream.tokens).unsqueeze(1)).squeeze(1)

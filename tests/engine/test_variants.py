@@ -44,7 +44,7 @@ class ActivatedReference(PeftReference):
         self._prompt_len = len(prompt)
         return self
 
-    def logits(self, ids: Any) -> torch.Tensor:
+    def logits(self, ids: Any, prompt_len: int | None = None) -> torch.Tensor:
         offset = None if self._offset is None else self._offset + len(ids) - self._prompt_len
         self._arguments = {"alora_offsets": [offset]}
         return super().logits(ids)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import ArrowConfig, LoraConfig, PeftConfig, PeftModel, create_arrow_model, get_peft_model
+from peft import ArrowConfig, LoraConfig, PeftConfig, PeftModel, PeftType, create_arrow_model, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 
 def make_lora(base: Path, folder: Path, *, seed: int = 0, scale: float = 0.5, **lora_config: Any) -> Path:
@@ -91,7 +91,8 @@ class Generation(NamedTuple):
 
 
 class PeftReference:
-    """The base with at most one adapter, run by transformers and peft alone, in fp32 on the CPU, without a cache.
+    """The base with at most one adapter, run by transformers and peft alone, in fp32 on the CPU, without a cache, but
+    where what is computed depends on which tokens a forward pass has.
 
     Args:
         task_id: for an adapter that needs one.
@@ -108,20 +109,35 @@ class PeftReference:
         self._arguments = {} if task_id is None else {"task_ids": torch.tensor([task_id])}
 
     @torch.no_grad()
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """``[len(ids), vocab]``; what an adapter puts in front of ``ids`` is left out."""
+    def logits(self, ids: Sequence[int], prompt_len: int | None = None) -> torch.Tensor:
+        """``[len(ids), vocab]``; what an adapter puts in front of ``ids`` is left out.
+
+        Args:
+            prompt_len: those of ``ids`` that were not generated; None: all.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            configs = getattr(self.model, "peft_config", {}).values()
+            if prompt_len is not None and any(config.peft_type == PeftType.LILY for config in configs):
+                return self._stepped(list(ids), prompt_len)
             tokens = torch.tensor([list(ids)])
             out: torch.Tensor = self.model(input_ids=tokens, use_cache=False, **self._arguments).logits[0]
         return out[-len(ids) :]
+
+    def _stepped(self, ids: list[int], prompt_len: int) -> torch.Tensor:
+        """As ``generate`` runs the model: the prompt at once, then one token after the other, with a cache."""
+        cache, logits = DynamicCache(), []
+        for tokens in (ids[:prompt_len], *([token] for token in ids[prompt_len:])):
+            out = self.model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True, **self._arguments)
+            logits.append(out.logits[0])
+        return torch.cat(logits)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> Generation:
         """Greedy continuation of ``ids``; goes on past the end-of-sequence token."""
         tokens: list[int] = []
         logprobs: list[torch.Tensor] = []
         for _ in range(max_new_tokens):
-            logprobs.append(self.logits([*ids, *tokens])[-1].log_softmax(-1))
+            logprobs.append(self.logits([*ids, *tokens], len(ids))[-1].log_softmax(-1))
             tokens.append(int(logprobs[-1].argmax()))
         return Generation(tokens, torch.stack(logprobs))
 

@@ -14,7 +14,8 @@ from torch import nn
 from torch.func import functional_call
 
 from weft.adapters.forms import CompiledAdapter, SiteForms
-from weft.adapters.parts import GatedPrefix, RoutedLowRank
+from weft.adapters.parts import GatedLowRank, GatedPrefix, RoutedLowRank
+from weft.kernels.mean_gates import Link
 
 
 def dense_delta(forms: SiteForms) -> torch.Tensor:
@@ -84,6 +85,16 @@ def _routed(routed: RoutedLowRank, x: torch.Tensor) -> torch.Tensor:
     return (updates * weights.unsqueeze(-2)).sum(-1)
 
 
+def _gated(gated: GatedLowRank, x: torch.Tensor) -> torch.Tensor:
+    """The updates of all gates, each of them in full, for ``x`` of one prompt."""
+    scores = x @ gated.gate.weight.T + gated.gate.bias
+    values = scores.softmax(-1) if gated.gate.link is Link.SOFTMAX else scores.sigmoid()
+    ups = gated.b.chunk(values.shape[-1], dim=1)
+    downs = gated.a.split(ups[0].shape[1])
+    pairs = [(downs[at % len(downs)], up) for at, up in enumerate(ups)]
+    return sum(gate * (x @ a.T @ b.T) for gate, (a, b) in zip(values.mean(-2)[0], pairs, strict=True))
+
+
 def _hook(forms: SiteForms, queries: list[torch.Tensor]) -> Any:
     def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         x = args[0]
@@ -112,6 +123,8 @@ def _hook(forms: SiteForms, queries: list[torch.Tensor]) -> Any:
             output = output + x @ forms.low_rank.a.T @ forms.low_rank.b.T
         if forms.routed is not None:
             output = output + _routed(forms.routed, x)
+        if forms.gated is not None:
+            output = output + _gated(forms.gated, x)
         if forms.delta is not None:
             output = output + x @ forms.delta.T
         if forms.sparse is not None:

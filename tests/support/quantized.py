@@ -72,13 +72,13 @@ class QuantizedReference(PeftReference):
         self.model = _by_rows(model)
         self._arguments = {}
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, ids: Sequence[int], prompt_len: int | None = None) -> torch.Tensor:
         for module in self.model.modules():
             # On a CPU, peft's DoRA leaves the weight of an 8-bit linear without its scales, which the linear would take
             # over in its next pass: it has them already.
             if isinstance(module, Linear8bitLt) and module.state.CB is not None:
                 module.weight.CB = None
-        return super().logits(ids)
+        return super().logits(ids, prompt_len)
 
 
 def _by_rows(model: Any) -> Any:

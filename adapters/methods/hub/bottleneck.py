@@ -3,8 +3,8 @@
 
 h = r + f + s · g · (U act(D x + b) + c), with f the output of attention or of the feed-forward network and r the
 residual stream before it; x is r for a parallel adapter, f + r for Pfeiffer's and f for Houlsby's. No norm takes part,
-because the library gives its adapters none on a decoder whose norms come first. g is 1, or the mean of σ(w · x + v) over
-the tokens of a forward pass (UniPELT, 2110.07577).
+because the library gives its adapters none on a decoder whose norms come first. g is 1, or the mean of σ(w · x + v)
+over the tokens of a forward pass (UniPELT, 2110.07577).
 """
 
 from __future__ import annotations
