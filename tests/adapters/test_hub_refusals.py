@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,6 @@ def test_every_field_that_the_library_writes_is_classified_once(adapter: str, ta
     [
         ("seq_bn", "ln_before", True),
         ("seq_bn", "ln_after", True),
-        ("seq_bn", "use_gating", True),
         ("seq_bn", "inv_adapter", "nice"),
         ("seq_bn", "original_ln_after", False),
         ("seq_bn", "residual_before_ln", False),
@@ -146,10 +146,10 @@ def test_every_field_that_the_library_writes_is_classified_once(adapter: str, ta
         ("seq_bn", "architecture", "reft"),
         ("seq_bn", "architecture", "mtl_lora"),
         ("compacter", "reduction_factor", 0.5),
-        ("lora", "use_gating", True),
+        ("ia3", "use_gating", True),
+        ("dora", "use_gating", True),
         ("lora", "vera_d", 0.1),
         ("lora", "vera_b", 0.0),
-        ("prefix", "use_gating", True),
         ("prefix", "leave_out", [0]),
     ],
 )
@@ -194,6 +194,8 @@ def test_a_field_that_is_wrong(adapter: str, field: str, value: object, base: Ba
         ("dora", "use_dora", False),
         ("prefix", "flat", True),
         ("prefix", "bottleneck_size", 7),
+        *((adapter, "use_gating", True) for adapter in ("seq_bn", "lora", "prefix")),
+        ("gated_par_bn", "use_gating", False),
     ],
 )
 def test_tensors_that_do_not_fit_the_config(
@@ -202,9 +204,44 @@ def test_tensors_that_do_not_fit_the_config(
     assert isinstance(refusal(copy(adapter, **{field: value}), base), AdapterMismatch)
 
 
-def test_gates_are_refused_by_name(base: Base) -> None:
-    error = refusal(FOLDER / "llama" / "unipelt", base)
-    assert isinstance(error, AdapterUnsupported) and error.param == "use_gating" and "mean over" in error.message
+def test_gates_need_whole_prompts(any_base: Base) -> None:
+    for name, folder in adapters_of(any_base.model_type).items():
+        adapter = compile_adapter(folder, any_base, version="v")
+        assert adapter.whole_prompts == (name in ("unipelt", "unipelt_own", "gated_par_bn"))
+        assert replace(adapter, sites={}).whole_prompts == adapter.whole_prompts, "what is kept of it says so too"
+
+
+@pytest.mark.parametrize(("name", "index", "shared"), [("unipelt", 0, False), ("unipelt_own", 0, True)])
+def test_a_prefix_has_as_many_gates_as_it_says(
+    name: str, index: int, shared: bool, base: Base, copy: Callable[..., Path]
+) -> None:
+    folder = copy(name)
+    edit(folder / "adapter_config.json", lambda whole: whole["config"]["configs"][index].update(shared_gating=shared))
+    error = refusal(folder, base)
+    assert isinstance(error, AdapterMismatch) and "prefix_gates" in error.message
+
+
+def test_a_gated_prefix_twice(base: Base, copy: Callable[..., Path]) -> None:
+    folder = copy("unipelt")
+    twice = {"shared_gating": True, "prefix_length": 5, "bottleneck_size": 6, "use_gating": True}
+    edit(
+        folder / "adapter_config.json",
+        lambda whole: whole["config"]["configs"].append({"architecture": "prefix_tuning", **twice}),
+    )
+    assert isinstance(refusal(folder, base), AdapterMismatch | AdapterUnsupported)
+
+
+def test_gated_members_of_a_fusion(base: Base, copy: Callable[..., Path]) -> None:
+    folder = copy("fusion_dynamic")
+    edit(folder / "c" / "adapter_config.json", lambda whole: whole["config"].update(use_gating=True))
+    file = folder / "c" / "pytorch_adapter.bin"
+    tensors = torch.load(file, weights_only=True)
+    for name in [name for name in tensors if name.endswith("adapter_up.bias")]:
+        gate = name.replace("adapter_up.bias", "gate")
+        tensors |= {f"{gate}.weight": torch.ones(1, base.hidden_size), f"{gate}.bias": torch.ones(1)}
+    torch.save(tensors, file)
+    error = refusal(folder, base)
+    assert isinstance(error, AdapterUnsupported) and error.param == "use_gating"
 
 
 def test_dora_on_conv1d(tmp_path: Path) -> None:
@@ -342,7 +379,7 @@ def test_members_of_a_fusion_that_are_not_served(base: Base, copy: Callable[...,
     folder = copy("fusion_dynamic")
     config = folder / "c" / "adapter_config.json"
     before = config.read_text()
-    for field, value in (("is_parallel", True), ("leave_out", [0]), ("use_gating", True)):
+    for field, value in (("is_parallel", True), ("leave_out", [0])):
         edit(config, lambda whole: whole["config"].update({field: value}))  # noqa: B023
         refusal(folder, base)
         config.write_text(before)

@@ -50,7 +50,6 @@ def test_the_base_that_the_adapter_names(tmp_path: Path) -> None:
     assert check(folder).stdout.startswith(f"{folder} on {base_of('llama')} can be served\n")
 
 
-def test_gates_are_refused() -> None:
-    result = check(LLAMA / "unipelt", "--base", base_of("llama"))
-    assert result.exit_code == 1
-    assert "use_gating" in result.stderr and "(adapter_unsupported)" in result.stderr
+def test_gates() -> None:
+    shown = json.loads(check(LLAMA / "unipelt", "--base", base_of("llama"), "--json").stdout)
+    assert (shown["forms"], shown["virtual_tokens"]) == (["GatedLowRank", "JointPrefix", "Bottleneck"], 0)
