@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from weft.adapters.backbone import Backbone
 from weft.adapters.errors import BaseWeightsNeeded
 from weft.adapters.mixtures import expert_weights, is_experts, is_router
 from weft.adapters.quantized import Int8Linear, dequantized, is_quantized
@@ -97,6 +98,7 @@ class Base:
         parameters: the base's own parameters by name, tied ones under each of their names; references, no copies.
             The weights of quantised linears are not among them.
         quantized: linears whose weight is kept in fewer bits, by path.
+        backbone: the stack of its layers, where that can be found.
     """
 
     model_type: str
@@ -117,6 +119,7 @@ class Base:
     adapter_memory: int | None = None
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     quantized: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+    backbone: Backbone | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Base:
@@ -163,6 +166,7 @@ class Base:
             tied=output is not None and output.weight is vectors.weight,
             parameters={name: p.detach() for name, p in parameters if name not in packed},
             quantized=quantized,
+            backbone=Backbone.of(model),
         )
 
     def module(self, path: str) -> Site | None:
@@ -170,6 +174,11 @@ class Base:
         if self.embedding is not None and path == self.embedding.path:
             return self.embedding
         return self.sites.get(path) or self.norms.get(path) or self.parameter_sites.get(path)
+
+    def is_layer(self, path: str) -> bool:
+        """Whether the residual stream runs through ``path``: a sublayer, a layer or the stack of them all."""
+        backbone = self.backbone
+        return path in self.sublayers or (backbone is not None and (path == backbone.path or path in backbone.layers))
 
     def weight(self, site: Site) -> torch.Tensor:
         """The frozen weight of a site, fp32 on the CPU: ``[out, in]`` of a linear layer whatever its storage order.

@@ -14,7 +14,8 @@ has for the tokens. A sublayer (attention, feed-forward network) whose output f 
     f + U act(D x + b) + c                          x = f, r or f + r: a bottleneck
     f + Σ a_n V u_n,  a = softmax_n((Q x + q) · (K u_n + k))       u_n = U_n act_n(D_n x + b_n) + c_n: a fusion
 
-in its place. The base is never changed.
+in its place. A side network makes a state beside the base, which goes into its layers and is changed by them; see
+``weft.adapters.side``. The base is never changed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from weft.adapters.parts import (
     TokenRows,
     Turn,
 )
+from weft.adapters.side import SideLayer, SideNetwork
 from weft.kernels.mean_gates import Link
 
 
@@ -64,6 +66,8 @@ class SiteForms:
         joint: of the output projection of an attention layer.
         prefix_gate: ``[3, in]``, of the linear that makes the queries: rows of the gates of ``joint``, two sigmoids.
         bottleneck, fusion: of a sublayer; not both.
+        side: of a layer, beside a side network.
+        network: of the stack of layers, the side network.
     """
 
     low_rank: LowRank | None = None
@@ -85,10 +89,13 @@ class SiteForms:
     bottleneck: Bottleneck | None = None
     fusion: Fusion | None = None
 
+    side: SideLayer | None = None
+    network: SideNetwork | None = None
+
     @property
     def rank(self) -> int:
         """Of the low-rank update, of all experts together."""
-        return sum(form.rank for form in (self.low_rank, self.routed, self.gated) if form is not None)
+        return sum(form.rank for form in (self.low_rank, self.routed, self.gated, self.side) if form is not None)
 
     @property
     def has_gates(self) -> bool:
@@ -147,6 +154,8 @@ _NAMES = {
     "prefix_gate": "JointPrefix",
     "bottleneck": "Bottleneck",
     "fusion": "Fusion",
+    "side": "SideNetwork",
+    "network": "SideNetwork",
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from weft.adapters.base import Base
 from weft.adapters.forms import CompiledAdapter
 from weft.adapters.parts import FusionShape, Part
+from weft.adapters.side import SideShape
 from weft.kernels.activations import Activation
 from weft.kernels.grouped_bottleneck import Input
 
@@ -31,6 +32,7 @@ class Layout:
         numbers: what goes with a part and is no row; see ``SiteForms.numbers``.
         kinds: input and activation of bottlenecks by path.
         fusions: likewise, of fusions.
+        networks: likewise, of side networks.
     """
 
     rows: Mapping[Place, int]
@@ -38,6 +40,7 @@ class Layout:
     numbers: Mapping[Place, int] = field(default_factory=dict)
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     fusions: Mapping[str, FusionShape] = field(default_factory=dict)
+    networks: Mapping[str, SideShape] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapter: CompiledAdapter) -> Layout:
@@ -54,6 +57,7 @@ class Layout:
             {(path, part): number for path, forms in sites for part, number in forms.numbers().items()},
             {path: (forms.bottleneck.input, forms.bottleneck.activation) for path, forms in sites if forms.bottleneck},
             {path: forms.fusion.shape for path, forms in sites if forms.fusion},
+            {path: forms.network.shape for path, forms in sites if forms.network},
         )
 
 

@@ -44,6 +44,11 @@ class Part(StrEnum):
     GATED_B = "gated_b"
     PREFIX_GATE = "prefix_gate"
     VALUES_JOINT = "values_joint"
+    GATE_DOWN = "gate_down"
+    GATE_DOWN_BIAS = "gate_down_bias"
+    GATE_UP = "gate_up"
+    GATE_UP_BIAS = "gate_up_bias"
+    NETWORK = "network"
 
     @property
     def of_input(self) -> bool:

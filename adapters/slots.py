@@ -19,6 +19,7 @@ from weft.adapters.forms import CompiledAdapter
 from weft.adapters.free_rows import FreeRows
 from weft.adapters.layout import Kind, Layout, Place, Placement, capacity_of
 from weft.adapters.parts import Fusion, Part
+from weft.adapters.side import SideShape
 from weft.kernels.grouped_bottleneck import Bottlenecks
 from weft.kernels.slot_rows import SlotRows
 
@@ -65,6 +66,7 @@ class SlotPool:
         self._ids: dict[tuple[str, int], torch.Tensor] = {}
         self._numbers: dict[Place, torch.Tensor] = {}
         self._kinds: dict[str, Bottlenecks] = {}
+        self._networks: dict[int, tuple[SideShape, torch.Tensor | slice]] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._placed: dict[int, Placement] = {}
         self.generations = [0] * num_slots
@@ -131,7 +133,13 @@ class SlotPool:
         """Let the kernels see an uploaded adapter under its slot."""
         self.generations[placement.slot] += 1
         for place, rows in placement.rows.items():
-            self._set(place, placement.slot, rows)
+            if place[1] is not Part.NETWORK:  # no kernel looks for those rows
+                self._set(place, placement.slot, rows)
+        for path, shape in placement.layout.networks.items():
+            rows = placement.rows[path, Part.NETWORK]
+            adjacent = rows[-1] - rows[0] + 1 == len(rows)
+            where = slice(rows[0], rows[-1] + 1) if adjacent else torch.tensor(rows).to(self.device)
+            self._networks[placement.slot] = shape, where
         for path, ids in placement.layout.ids.items():
             self._ids[path, placement.slot] = ids.to(self.device)
         for place, number in placement.layout.numbers.items():
@@ -156,6 +164,7 @@ class SlotPool:
             self._ids.pop((path, slot), None)
         for path in placement.layout.kinds:
             self._set_kind(path, slot, None)
+        self._networks.pop(slot, None)
         del self._placed[slot]
         self._free_slots.append(slot)
 
@@ -194,6 +203,14 @@ class SlotPool:
             else:
                 rows = table.pool.index_select(0, table.table[slot, :count].long())
             yield slot, shape.fusion(rows)
+
+    def networks(self, slots: Sequence[int]) -> Iterator[tuple[int, SideShape, torch.Tensor]]:
+        """The side network of those of the slots that have one, as its rows: a view, or a copy where they lie apart."""
+        for slot in slots if self._networks else ():
+            if slot in self._networks:
+                shape, where = self._networks[slot]
+                rows = self._pools[self._base.hidden_size].rows
+                yield slot, shape, rows[where] if isinstance(where, slice) else rows.index_select(0, where)
 
     def _set_kind(self, path: str, slot: int, kind: Kind | None) -> None:
         """Say what a slot's bottleneck is, after its rows were named; forgotten when no slot has any."""
@@ -240,7 +257,7 @@ class SlotPool:
 
     def _width(self, place: Place) -> int:
         path, part = place
-        if path in self._base.sublayers:
+        if self._base.is_layer(path):
             return self._base.hidden_size
         site = self._base.module(path)
         assert site is not None, f"{path} is not a module of the base that adapters attach to"

@@ -67,6 +67,7 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "BOFT": "boft",
         "ROAD": "road",
         "LILY": "lily",
+        "SHADOW": "shadow",
     }
 )
 """peft_type to the module of this package that serves it; imported when first used."""

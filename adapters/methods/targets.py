@@ -46,6 +46,15 @@ def targeted_sites(
         AdapterUnsupported: a target is of another kind.
         AdapterMismatch: no module of the base is targeted.
     """
+    own = base.embedding if embeddings else None
+    paths = targeted_paths(config, base, defaults, optional=optional)
+    return [own if own and path == own.path else _site(path, base, norms) for path in paths]
+
+
+def targeted_paths(
+    config: ConfigFields, base: Base, defaults: Mapping[str, Selector], *, optional: bool = False
+) -> Sequence[str]:
+    """Likewise, the paths of the modules, whatever they are."""
     targets = config.names("target_modules")
     excluded = config.names("exclude_modules")
     layers = config.integers("layers_to_transform")
@@ -72,8 +81,7 @@ def targeted_sites(
         raise AdapterMismatch(
             f"target_modules={show(targets)} selects no module of this {base.model_type} model", param="target_modules"
         )
-    own = base.embedding if embeddings else None
-    return [own if own and path == own.path else _site(path, base, norms) for path in paths]
+    return paths
 
 
 def match_patterns(

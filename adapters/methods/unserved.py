@@ -10,8 +10,6 @@ from weft.adapters.errors import AdapterUnsupported
 
 REASONS: Mapping[str, str] = MappingProxyType(
     {
-        "SHADOW": "it runs a small transformer of its own, with keys and values of its own, beside the base and mixes "
-        "the two streams in every layer",
         "XLORA": "it runs the base twice over every token, first without its experts to find their weights, and needs "
         "keys and values of both runs; its experts are other folders, which the saved one does not contain",
     }

@@ -41,6 +41,7 @@ class Batch:
         wanted: what the N rows of logits are.
         attention: where keys and values lie.
         tokens, logits: adapter groups of the T tokens and of the N rows.
+        slots: of every row, as ``attention`` counts them; -1: the base.
         num_adapters: distinct adapters in the batch.
         copies: pages (from, to) to copy before the pass: tails of adapters' prompts.
         embeddings: flat tokens, and what stands for them in place of their ids: int64 ``[V]``, ``[V, hidden]``.
@@ -54,6 +55,7 @@ class Batch:
     attention: AttentionRows
     tokens: RowGroups
     logits: RowGroups
+    slots: tuple[int, ...]
     num_adapters: int
     copies: list[tuple[int, int]]
     embeddings: tuple[torch.Tensor, torch.Tensor] | None
@@ -84,6 +86,7 @@ class Batch:
             attention=attention,
             tokens=tokens,
             logits=RowGroups.build(logit_slots, device),
+            slots=tuple(row.seq.slot for row in rows),
             num_adapters=len(tokens.active),
             copies=[row.seq.copy for row in rows if row.seq.copy is not None],
             embeddings=_embeddings(rows, lens, device),

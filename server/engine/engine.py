@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from weft.adapters.entries import Derivation
+from weft.adapters.errors import AdapterError
 from weft.adapters.forms import CompiledAdapter
 from weft.adapters.quantized import count_parameters
 from weft.server.config import EngineConfig
@@ -140,6 +141,9 @@ class Engine:
             for seq in [s for s in self._live.values() if s.adapter == version]:
                 self._fail(seq, str(error))
         self._scheduler.prompts.prune(self.adapters.knows)
+        if self.runner.side.prune(self.adapters.knows):
+            # Were such an adapter to come again, it would find pages of which a part is gone.
+            self._blocks.forget(range(self.info.num_blocks))
 
     def _commit(self, rows: list[Row], samples: list[Sample]) -> list[TokenDelta]:
         """Write down what the step computed; returns what it added to the requests."""
@@ -209,6 +213,11 @@ class Engine:
             AdapterError: why it cannot be served; nothing is left behind.
         """
         adapter = self.adapters.register(version, folder)
+        try:
+            self.runner.side.admit(adapter)
+        except AdapterError:
+            self.adapters.unregister(version)
+            raise
         prompt = adapter.prompt
         return AdapterInfo(
             version,

@@ -12,6 +12,7 @@ from weft.adapters.sites import ActiveRows
 from weft.server.engine.attention import AttentionContext
 from weft.server.engine.batch import Batch
 from weft.server.engine.kv_cache import KVCache
+from weft.server.engine.side import SideNetworks
 
 
 class ModelRunner:
@@ -19,12 +20,16 @@ class ModelRunner:
 
     Args:
         rows: what the sites look at, from ``attach_sites``.
+        side: the networks that run beside it.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: KVCache, rows: ActiveRows, device: torch.device) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: KVCache, rows: ActiveRows, side: SideNetworks, device: torch.device
+    ) -> None:
         self.model = model
         self.cache = cache
         self.device = device
+        self.side = side
         self._rows = rows
 
     @torch.inference_mode()
@@ -35,6 +40,7 @@ class ModelRunner:
         self._rows.tokens, self._rows.logits, self._rows.embeddings = batch.tokens, batch.logits, batch.embeddings
         self._rows.spans = batch.spans
         try:
+            self.side.begin(batch)
             output: Any = self.model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
@@ -44,6 +50,7 @@ class ModelRunner:
             )
         finally:
             self._rows.clear()
+            self.side.end()
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
@@ -60,11 +67,11 @@ class ModelRunner:
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         if copies:
             source, target = torch.tensor(copies, device=self.device).T
-            for cache in (*self.cache.keys, *self.cache.values):
+            for cache in (*self.cache.keys, *self.cache.values, *self.side.tensors()):
                 cache.index_copy_(0, target, cache.index_select(0, source))
 
     def scrub(self, blocks: list[int]) -> None:
         """Zero pages, so that what is not a number in them cannot reach whoever gets them next."""
         index = torch.tensor(blocks, device=self.device)
-        for cache in (*self.cache.keys, *self.cache.values):
+        for cache in (*self.cache.keys, *self.cache.values, *self.side.tensors()):
             cache.index_fill_(0, index, 0)

@@ -14,12 +14,14 @@ from weft.adapters.forms import CompiledAdapter
 from weft.adapters.methods import compile_adapter
 from weft.adapters.mixture_sites import attach_mixtures
 from weft.adapters.residency import Residency
+from weft.adapters.side_sites import attach_side
 from weft.adapters.sites import attach_sites
 from weft.adapters.slots import SlotPool
 from weft.server.config import ConfigError, EngineConfig
 from weft.server.engine import attention, loading, selfcheck
 from weft.server.engine.kv_cache import KVCache, bytes_per_block, count_blocks
 from weft.server.engine.model import ModelRunner
+from weft.server.engine.side import SideNetworks
 
 Progress = Callable[[str], None]
 """Told what start-up is busy with."""
@@ -83,7 +85,9 @@ def _load(config: EngineConfig, progress: Progress) -> Loaded:
     base = replace(base, adapter_memory=pool.nbytes_total)
     rows = attach_sites(model, base, pool)
     attach_mixtures(model, base, pool, rows)
-    runner = ModelRunner(model, cache, rows, device)
+    embed = model.get_input_embeddings()
+    side = SideNetworks(base, pool, cache, memory=pool.nbytes_total, active=attach_side(model, base, pool), embed=embed)
+    runner = ModelRunner(model, cache, rows, side, device)
     selfcheck.verify(runner, reference, limit)
 
     def compile_folder(folder: Path, version: str, chosen: Mapping[str, int] | None = None) -> CompiledAdapter:

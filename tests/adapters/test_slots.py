@@ -15,6 +15,7 @@ from weft.adapters.errors import AdapterTooLarge
 from weft.adapters.forms import CompiledAdapter, SiteForms
 from weft.adapters.layout import Layout, Placement
 from weft.adapters.parts import Bottleneck, Fusion, GatedPrefix, LowRank, Part, RoutedLowRank, Sparse, Turn
+from weft.adapters.side import SideNetwork, SideSizes
 from weft.adapters.slots import SlotPool
 from weft.kernels.activations import Activation
 from weft.kernels.grouped_bottleneck import Input
@@ -77,6 +78,16 @@ def make_sublayer(units: int, fused: bool) -> CompiledAdapter:
     return CompiledAdapter("v", "Fusion", {"a": SiteForms(fusion=fusion)})
 
 
+def make_network(layers: int) -> CompiledAdapter:
+    """A side network of weights that do not fill their rows."""
+    shapes = {
+        f"{layer}.{name}": shape for layer in range(layers) for name, shape in (("w", (5, layer + 1)), ("b", (12,)))
+    }
+    weights = tuple(torch.randn(shape) for shape in shapes.values())
+    network = SideNetwork(SideSizes(layers), tuple(shapes), weights, 12)
+    return CompiledAdapter("v", "Network", {"a": SiteForms(network=network)})
+
+
 def make_pool(num_slots: int = 3, ranks: int = 32) -> SlotPool:
     cpu = torch.device("cpu")
     return SlotPool(BASE, num_slots=num_slots, memory=ranks * RANK_BYTES, dtype=torch.float32, device=cpu)
@@ -101,6 +112,10 @@ class SlotPoolMachine(RuleBasedStateMachine):
     def load_sublayer(self, units: int, fused: bool) -> None:
         self.place(make_sublayer(units, fused))
 
+    @rule(layers=st.integers(1, 30))
+    def load_network(self, layers: int) -> None:
+        self.place(make_network(layers))
+
     def place(self, adapter: CompiledAdapter) -> None:
         placement = self.pool.reserve(Layout.of(adapter))
         if placement is not None:
@@ -119,7 +134,7 @@ class SlotPoolMachine(RuleBasedStateMachine):
         self.pool.check_integrity()
         here = {placement.slot: adapter for placement, adapter in self.placed}
         self.kinds_say_what_was_loaded(here)
-        for path, part in ((path, part) for path in (*WIDTHS, "a") for part in Part):
+        for path, part in ((path, part) for path in (*WIDTHS, "a") for part in Part if part is not Part.NETWORK):
             rows = self.pool.rows(path, part)
             for slot in range(self.pool.num_slots):
                 forms = here[slot].sites.get(path, SiteForms()) if slot in here else SiteForms()
@@ -157,6 +172,14 @@ class SlotPoolMachine(RuleBasedStateMachine):
                 one.down_bias.equal(other.down_bias) and one.up.equal(other.up)
                 for one, other in zip(fusion.members, loaded.members, strict=True)
             )
+        networks = {slot: (shape, rows) for slot, shape, rows in self.pool.networks(tuple(here))}
+        assert networks.keys() == {slot for slot, form in forms.items() if form.network}
+        for slot, (shape, rows) in networks.items():
+            network = forms[slot].network
+            assert network is not None and shape == network.shape
+            weights = shape.weights(rows)
+            assert list(weights) == list(network.names)
+            assert all(one.equal(other) for one, other in zip(weights.values(), network.weights, strict=True))
 
 
 SlotPoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftType, ShadowConfig, XLoraConfig, get_peft_model
+from peft import PeftType, XLoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.adapters.conftest import TinyBase
-from tests.support.adapters import edit_tensors, make_adapter, make_lora
+from tests.support.adapters import edit_tensors, make_lora
 from weft.adapters.errors import AdapterUnsupported
 from weft.adapters.methods import METHODS, PROMPT_METHODS, compile_adapter
 from weft.adapters.methods.unserved import CLASSIFIER, REASONS
@@ -29,17 +29,6 @@ def refusal(folder: Path, tiny: TinyBase) -> AdapterUnsupported:
 
 def test_nothing_is_both_served_and_refused() -> None:
     assert not REASONS.keys() & {*METHODS, *PROMPT_METHODS}
-
-
-@pytest.mark.parametrize(
-    ("config", "why"),
-    [
-        (ShadowConfig(task_type=TASK, r=4), "a small transformer of its own"),
-    ],
-)
-def test_the_reason_is_said(config: PeftConfig, why: str, llama: TinyBase, tmp_path: Path) -> None:
-    error = refusal(make_adapter(llama.folder, tmp_path / "adapter", config), llama)
-    assert why in error.message and str(config.peft_type.value) in error.message
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from peft import OSFConfig, PolyConfig, PrefixTuningConfig
+from peft import OSFConfig, PolyConfig, PrefixTuningConfig, ShadowConfig
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
@@ -180,3 +180,13 @@ def test_what_a_quantised_base_does_not_take(base: Path, adapter: Path, tmp_path
     assert check(osf, "--base", base).exit_code == 0
     result = check(osf, "--base", base, "--quantization", "int8")
     assert result.exit_code == 1 and "OSF is served on unquantised layers only" in result.stderr
+
+
+def test_a_side_network_needs_no_weights_of_the_base(base: Path, tmp_path: Path) -> None:
+    """Nor any memory of the sizes that it is compared with."""
+    adapter = make_adapter(base, tmp_path / "adapter", ShadowConfig(task_type="CAUSAL_LM", r=4))
+    result = check(adapter, "--base", base)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[1:4] == ["method   SHADOW", "forms    SideNetwork", "rank     4"]
+    edit_config(adapter, shadow_intermediate_size=1 << 16)
+    assert check(adapter, "--base", base).exit_code == 1

@@ -51,6 +51,8 @@ METHODS = [
     "waveft",
     "beft",
     "vblora",
+    "shadow",
+    "shadow_own_embeddings",
 ]
 """Cases that peft runs on quantised linears."""
 BY_WEIGHT = ["hra", "delora", "deft", "supertuning", "glora", "peanut", "hira_gaussian"]

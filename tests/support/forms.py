@@ -13,8 +13,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from weft.adapters.backbone import Backbone
 from weft.adapters.forms import CompiledAdapter, SiteForms
-from weft.adapters.parts import GatedLowRank, GatedPrefix, RoutedLowRank
+from weft.adapters.parts import Bottleneck, GatedLowRank, GatedPrefix, RoutedLowRank
+from weft.adapters.side import SideNetwork
+from weft.kernels.activations import activate
 from weft.kernels.mean_gates import Link
 
 
@@ -39,9 +42,12 @@ def applied(model: nn.Module, adapter: CompiledAdapter) -> Iterator[None]:
         return eager(module, query, *args, **kwargs)
 
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    handles, originals = [], {}
+    handles, originals, states = [], {}, list[torch.Tensor]()
     for path, forms in adapter.sites.items():
         module = modules.get(path)
+        if module is not None and (forms.network is not None or forms.side is not None):
+            handles += _beside(forms, model, module, states)
+            continue
         if module is not None and not path.endswith((".gate", ".router")):
             handles.append(module.register_forward_hook(_hook(forms, queries)))
             continue
@@ -61,6 +67,46 @@ def applied(model: nn.Module, adapter: CompiledAdapter) -> Iterator[None]:
             handle.remove()
         for parameter, original in originals.items():
             parameter.data.copy_(original)
+
+
+def _beside(forms: SiteForms, model: Any, module: nn.Module, states: list[torch.Tensor]) -> list[Any]:
+    """Hooks of a side network: on the stack of layers, whose first argument is the tokens, and on its layers."""
+    network, side = forms.network, forms.side
+
+    def begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        assert network is not None
+        states[:] = [_side_state(network, model, args[0] if args else kwargs["input_ids"])]
+
+    def before(module: nn.Module, args: Any) -> Any:
+        assert side is not None
+        h = args[0]
+        return (h + (h - states[0]) @ side.injection.a.T @ side.injection.b.T, *args[1:])
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        assert side is not None
+        h = output if isinstance(output, torch.Tensor) else output[0]
+        gate = _passed(side.gate, h).sigmoid()
+        states[:] = [(1 - gate) * states[0] + gate * _passed(side.transform, h)]
+
+    if network is not None:
+        return [module.register_forward_pre_hook(begin, with_kwargs=True)]
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _passed(bottleneck: Bottleneck, x: torch.Tensor) -> torch.Tensor:
+    z = activate(x @ bottleneck.down.T + bottleneck.down_bias, bottleneck.activation)
+    return z @ bottleneck.up.T + bottleneck.up_bias
+
+
+def _side_state(network: SideNetwork, model: Any, ids: torch.Tensor) -> torch.Tensor:
+    backbone = Backbone.of(model)
+    assert backbone is not None
+    weights = dict(zip(network.names, network.weights, strict=True))
+    projection = weights.pop("", None)
+    given = {"input_ids": ids} if network.sizes.embeds else {"inputs_embeds": model.get_input_embeddings()(ids)}
+    module = backbone.smaller(network.sizes, torch.float32).module
+    state: torch.Tensor = functional_call(module, weights, (), {**given, "use_cache": False}).last_hidden_state
+    return state if projection is None else state @ projection.T
 
 
 def _found(prefix: GatedPrefix, query: torch.Tensor) -> torch.Tensor:
