@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from weft.adapters.backbone import Backbone
@@ -60,6 +60,9 @@ class Sublayer:
     attention: bool
 
 
+FREQUENCIES = "rotary_emb.inv_freq"
+"""How the name of that buffer ends; transformers before 4.32 saved it in every layer."""
+
 _LLAMA = MappingProxyType({"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"})
 SUBLAYERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -94,6 +97,8 @@ class Base:
         embedding_scale: what that module multiplies its weight with (Gemma 3).
         head: path of the module that makes the logits (``lm_head``), if the model names one.
         tied: the head's weight is the embedding's.
+        config: transformers' configuration of it.
+        frequencies: of its rotary embedding, where it has one.
         adapter_memory: bytes one adapter can have at most where it is to be served; None where that is not known.
         parameters: the base's own parameters by name, tied ones under each of their names; references, no copies.
             The weights of quantised linears are not among them.
@@ -116,6 +121,8 @@ class Base:
     embedding_scale: float = 1.0
     head: str | None = None
     tied: bool = False
+    config: PreTrainedConfig | None = field(default=None, repr=False)
+    frequencies: torch.Tensor | None = field(default=None, repr=False)
     adapter_memory: int | None = None
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
     quantized: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
@@ -163,6 +170,8 @@ class Base:
             embedding=Site(source, "embedding", vocab_size, width, False),
             embedding_scale=float(getattr(vectors, "scalar_embed_scale", 1.0)),
             head=head,
+            config=config,
+            frequencies=next((b for n, b in model.named_buffers() if n.endswith(f".{FREQUENCIES}")), None),
             tied=output is not None and output.weight is vectors.weight,
             parameters={name: p.detach() for name, p in parameters if name not in packed},
             quantized=quantized,

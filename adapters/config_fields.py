@@ -22,10 +22,12 @@ class Neutral:
     Attributes:
         reason: what weft would have to do, completing "is not served: ".
         also: accepted values beside null, false and empty ones.
+        chosen_by_object: an object sets it, an empty one too.
     """
 
     reason: str
     also: tuple[object, ...] = ()
+    chosen_by_object: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class ConfigFields:
             if name in table.honoured:
                 continue
             self._unread.discard(name)
-            if name in table.ignored or _is_empty(value):
+            by_object = name in table.neutral and table.neutral[name].chosen_by_object and isinstance(value, dict)
+            if name in table.ignored or (_is_empty(value) and not by_object):
                 continue
             if name not in table.neutral:
                 raise AdapterUnsupported(
@@ -150,6 +153,11 @@ class ConfigFields:
         if not isinstance(value, dict):
             raise _wrong(name, value, "an object")
         return value
+
+    def everything(self) -> dict[str, object]:
+        """All fields as they are, for a caller that checks each of them."""
+        self._unread.clear()
+        return dict(self._values)
 
     def _take(self, name: str, default: object, *, null: bool = True) -> object:
         self._unread.discard(name)

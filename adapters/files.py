@@ -30,6 +30,14 @@ SETUP = "adapter_setup.json"
 FUSION_CONFIG = "adapter_fusion_config.json"
 FUSION_WEIGHTS = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")
 
+CHAIN = "adapter_chain.json"
+"""Names the folders of adapters that were trained one after the other, each on what the last left: a chain."""
+
+RELORA = "relora_config.json"
+MODEL_CONFIG = "config.json"
+MODEL_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""A model trained in full, which is served as what it differs in from the base; and ReLoRA's own file beside it."""
+
 MAX_FOLDERS = 128
 
 FILES: Mapping[str, int] = MappingProxyType(
@@ -37,7 +45,7 @@ FILES: Mapping[str, int] = MappingProxyType(
         CONFIG: 8 << 20,
         DIFFERENCES: 1 << 30,
         **dict.fromkeys((WEIGHTS, *HUB_WEIGHTS, *HEAD_WEIGHTS, *FUSION_WEIGHTS), 16 << 30),
-        **dict.fromkeys((INTERFACE, SETUP, FUSION_CONFIG, "head_config.json"), 8 << 20),
+        **dict.fromkeys((INTERFACE, SETUP, FUSION_CONFIG, "head_config.json", CHAIN), 8 << 20),
         # A tokenizer saved beside the adapter (new tokens, an own chat template).
         "added_tokens.json": 16 << 20,
         "chat_template.jinja": 1 << 20,
@@ -53,6 +61,11 @@ FILES: Mapping[str, int] = MappingProxyType(
 )
 """Files that are part of an adapter, each with its largest size in bytes. Whatever else lies beside them is ignored."""
 
+MODEL_FILES: Mapping[str, int] = MappingProxyType(
+    {**dict.fromkeys((RELORA, MODEL_CONFIG), 8 << 20), **dict.fromkeys(MODEL_WEIGHTS, 16 << 30)}
+)
+"""Likewise, of a model that is an adapter; beside another adapter they are not part of it."""
+
 ROUTER = "arrow_router"
 """The folder of the adapter that chooses between those beside it, as ``peft.create_arrow_model`` names it."""
 
@@ -64,7 +77,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 def size_limit(name: str) -> int:
     """The largest size in bytes of a file of an adapter, or of one of its members (``member/file``)."""
-    return FILES[name.rpartition("/")[2]]
+    last = name.rpartition("/")[2]
+    return FILES[last] if last in FILES else MODEL_FILES[last]
 
 
 def open_regular(folder: Path, name: str) -> BinaryIO:
@@ -108,9 +122,12 @@ def present(folder: Path) -> list[str]:
         AdapterFormatError: the config or the weights are missing, or the weights are only there as a pickle.
     """
     names = _listed(folder)
-    if SETUP in names:
+    if CHAIN in names and CONFIG in names:
+        raise AdapterFormatError(f"{CHAIN} lies beside {CONFIG}; a link has a folder of its own", param=CHAIN)
+    top = next((name for name in (SETUP, CHAIN) if name in names), None)
+    if top is not None:
         inner = [f"{name}/{file}" for name in _subfolders(folder) for file in _known(_listed(folder / name))]
-        return [SETUP, *inner]
+        return [top, *inner]
     found = members(folder)
     return [f"{member}/{name}" for member in found for name in _present(folder / member)] or _present(folder)
 
@@ -136,6 +153,8 @@ def _present(folder: Path) -> list[str]:
         names.discard(DIFFERENCES)
     elif DIFFERENCES in names:
         return [DIFFERENCES]
+    elif MODEL_CONFIG in names and any(name in names for name in MODEL_WEIGHTS):
+        return [name for name in MODEL_FILES if name in names]
     else:
         raise AdapterFormatError(f"{CONFIG} is missing; an adapter is a folder as peft saves it", param=CONFIG)
     if not has_weights(names):

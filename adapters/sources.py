@@ -17,7 +17,18 @@ from huggingface_hub import HfApi, snapshot_download
 
 from weft.adapters.config_fields import show
 from weft.adapters.errors import AdapterError, AdapterFormatError, AdapterSourceError, AdapterTooLarge
-from weft.adapters.files import CONFIG, DIFFERENCES, FILES, ROUTER, SETUP, has_weights, missing_weights
+from weft.adapters.files import (
+    CHAIN,
+    CONFIG,
+    DIFFERENCES,
+    FILES,
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
+    ROUTER,
+    SETUP,
+    has_weights,
+    missing_weights,
+)
 
 STORES: Mapping[str, str] = MappingProxyType(
     {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
@@ -137,8 +148,10 @@ def _object_store(source: str, package: str, cache: Path) -> Path:
 
 def _check_listing(source: str, sizes: Mapping[str, int]) -> None:
     """Refuse before the download what would be refused after it."""
-    if SETUP in sizes or any(name.startswith(f"{ROUTER}/") for name in sizes):
+    if SETUP in sizes or CHAIN in sizes or any(name.startswith(f"{ROUTER}/") for name in sizes):
         raise AdapterSourceError(f"{show(source)} has sub-folders; download it and give its folder", param="source")
+    if MODEL_CONFIG in sizes and CONFIG not in sizes and any(name in sizes for name in MODEL_WEIGHTS):
+        raise AdapterSourceError(f"{show(source)} is a model; download it and give its folder", param="source")
     alone = DIFFERENCES in sizes and CONFIG not in sizes
     if CONFIG not in sizes and not alone:
         raise AdapterFormatError(f"{show(source)} holds no {CONFIG}", param="source")

@@ -97,9 +97,9 @@ def variants() -> Iterator[Variant]:
         down = bottleneck.down_config(DTYPES[dtype], units, rows)
         up = bottleneck.up_config(DTYPES[dtype], units, rows)
         yield Variant(f"bottleneck down {units} rows {rows}", bottleneck.down_kernel, dtype, down)
-        for has in (False, True):
-            label = f"bottleneck up {units} rows {rows}{' gated' if has else ''}"
-            yield Variant(label, bottleneck.up_kernel, dtype, up | {"HAS_GATES": has})
+        for gated in (False, True):
+            label = f"bottleneck up {units} rows {rows}{' gated' if gated else ''}"
+            yield Variant(label, bottleneck.up_kernel, dtype, up | {"HAS_GATES": gated})
     for dtype, rows in (("bf16", 16), ("bf16", 32), ("fp16", 16), ("fp32", 16)):
         yield Variant(f"delta rows {rows}", delta.delta_kernel, dtype, delta.delta_config(DTYPES[dtype], rows))
         yield Variant(f"rotate rows {rows}", rotate.rotate_kernel, dtype, rotate.rotate_config(DTYPES[dtype], rows))

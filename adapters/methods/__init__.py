@@ -20,13 +20,15 @@ from weft.adapters.base import Base
 from weft.adapters.checkpoint import Checkpoint, read_checkpoint
 from weft.adapters.config_fields import show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
-from weft.adapters.files import DIFFERENCES, present
+from weft.adapters.files import CHAIN, DIFFERENCES, MODEL_CONFIG, present
 from weft.adapters.forms import CompiledAdapter, Prompt, SiteForms
+from weft.adapters.methods.chain import compile_chain
 from weft.adapters.methods.common import cast_forms, take_base_copies
 from weft.adapters.methods.differences import compile_differences
 from weft.adapters.methods.hub import compile_hub, is_hub
 from weft.adapters.methods.saved_modules import check_apart, take_saved_modules
 from weft.adapters.methods.unserved import check_served
+from weft.adapters.methods.whole_models import compile_model
 
 METHODS: Mapping[str, str] = MappingProxyType(
     {
@@ -89,7 +91,7 @@ ROUTER_METHOD = "arrow"
 """Likewise, of a router with adapters beside it."""
 
 
-OTHER_METHODS: Mapping[str, str] = MappingProxyType({"MELORA": "melora", "DYLORA": "dylora"})
+OTHER_METHODS: Mapping[str, str] = MappingProxyType({"MELORA": "melora", "DYLORA": "dylora", "LOTR": "lotr"})
 """Likewise, of methods that peft has not; their files look as peft's do."""
 
 FLAGGED_METHODS: Mapping[str, str] = MappingProxyType({"use_mora": "mora"})
@@ -124,19 +126,24 @@ def compile_adapter(
     Raises:
         AdapterError: it cannot be read, does not fit the base, or cannot be served exactly; names the field or tensor.
     """
-    if DIFFERENCES in present(folder):
+    names = present(folder)
+    if DIFFERENCES in names:
         adapter = CompiledAdapter(version, "LT-SFT", compile_differences(folder, base))
+    elif MODEL_CONFIG in names:
+        adapter = CompiledAdapter(version, *compile_model(folder, base))
+    elif CHAIN in names:
+        adapter = CompiledAdapter(version, "CHAIN", compile_chain(folder, base, _compile_peft))
     elif is_hub(folder):
         adapter = CompiledAdapter(version, *compile_hub(folder, base))
     else:
-        adapter = _compile_peft(read_checkpoint(folder, chosen), base, version)
+        adapter = replace(_compile_peft(read_checkpoint(folder, chosen), base), version=version)
     dtype = dtype or base.dtype
     sites = {path: cast_forms(forms, dtype, path) for path, forms in adapter.sites.items()}
     return replace(adapter, sites=sites, prompt=cast_forms(adapter.prompt, dtype, "prompt_embeddings"))
 
 
-def _compile_peft(checkpoint: Checkpoint, base: Base, version: str) -> CompiledAdapter:
-    """What peft or a fork of it saved, in fp32."""
+def _compile_peft(checkpoint: Checkpoint, base: Base) -> CompiledAdapter:
+    """What peft or a fork of it saved, in fp32, without a version."""
     peft_type = checkpoint.config.text("peft_type")
     if peft_type is None:
         raise AdapterFormatError("adapter_config.json names no peft_type; is it saved by peft?", param="peft_type")
@@ -148,7 +155,7 @@ def _compile_peft(checkpoint: Checkpoint, base: Base, version: str) -> CompiledA
     take_base_copies(checkpoint, base)
     checkpoint.finish()
     choices, invocation = checkpoint.per_request.choices, checkpoint.per_request.invocation
-    return CompiledAdapter(version, peft_type, {**sites, **saved}, prompt, tuple(choices.values()), invocation)
+    return CompiledAdapter("", peft_type, {**sites, **saved}, prompt, tuple(choices.values()), invocation)
 
 
 def _method_of(peft_type: str, checkpoint: Checkpoint) -> str:

@@ -2,13 +2,14 @@
 
 What is served is the folder that ``save_pretrained`` writes of peft's ``create_arrow_model``: the folder of the router
 and beside it those of its experts. A prototype is the first right singular vector of an expert's update B A, as peft
-finds it: by power iteration from a random start.
+finds it: by power iteration from a random start. With ``use_gks`` (GenKnowSub) peft takes the mean A and the mean B of
+the adapters of general knowledge from those of every expert when it first runs them, whenever the folder is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +21,7 @@ from weft.adapters.forms import SiteForms
 from weft.adapters.methods import defaults, lora, lora_factors
 from weft.adapters.methods.common import method_sites, site_tensor, take_base_copies
 from weft.adapters.methods.targets import TARGET_FIELDS
-from weft.adapters.parts import LowRank, RoutedLowRank
+from weft.adapters.parts import RoutedLowRank
 from weft.kernels.routed_lora import MAX_EXPERTS
 
 ITERATIONS = 15
@@ -48,23 +49,17 @@ FIELDS = lora.SHARED_FIELDS.without("arrow_config", "modules_to_save") | FieldTa
 """Every field of peft 0.21.2's LoraConfig, as a router has it."""
 
 ARROW_FIELDS = FieldTable(
-    honoured=("top_k", "router_temperature", "rng_seed", "task_adapter_names"),
-    ignored={"gks_adapter_names": "only read with use_gks, which is refused"},
-    neutral={
-        "use_gks": Neutral(
-            "peft subtracts the general knowledge from the experts when it first runs them, and then saves them so, "
-            "but the folder does not tell; run the model once, save it, and set use_gks to false"
-        )
-    },
+    honoured=("top_k", "router_temperature", "rng_seed", "task_adapter_names", "use_gks", "gks_adapter_names")
 )
 """Every field of peft 0.21.2's ArrowConfig."""
 
 
 @dataclass(frozen=True)
 class _Router:
-    """How rows find their experts, and the experts' names."""
+    """How rows find their experts, their names, and those of the general knowledge to be taken from them."""
 
     experts: tuple[str, ...]
+    general: tuple[str, ...]
     top_k: int
     temperature: float
     seed: int
@@ -75,7 +70,7 @@ class _Router:
         fields.check(ARROW_FIELDS)
         names = fields.names("task_adapter_names")
         experts = tuple(dict.fromkeys(names)) if isinstance(names, tuple) else ()
-        beside = {name for name in members if not (name.startswith(GENERAL) and name[len(GENERAL) :].isdigit())}
+        beside = {name for name in members if not _is_general(name)}
         if set(experts) != beside or not 1 <= len(experts) <= MAX_EXPERTS:
             raise AdapterMismatch(
                 f"arrow_config names the experts {show(names)}, 1 to {MAX_EXPERTS} of which must lie beside the "
@@ -94,18 +89,39 @@ class _Router:
             )
         return cls(
             experts=experts,
+            general=_general(fields, members),
             top_k=fields.integer("top_k", 3, low=1, high=len(experts)),
             temperature=temperature,
             seed=as_integer("rng_seed", seed, low=-(1 << 63), high=(1 << 63) - 1),
         )
 
 
+def _general(fields: ConfigFields, members: Mapping[str, Checkpoint]) -> tuple[str, ...]:
+    names = fields.names("gks_adapter_names")
+    if not fields.flag("use_gks"):
+        return ()
+    general = names if isinstance(names, tuple) else ()
+    beside = sorted(name for name in members if _is_general(name))
+    if not general or sorted(general) != beside:
+        raise AdapterMismatch(
+            f"use_gks is set and gks_adapter_names is {show(names)}; it must name those that lie beside the router, "
+            f"{show(beside)}",
+            param="gks_adapter_names",
+        )
+    return general
+
+
+def _is_general(name: str) -> bool:
+    return name.startswith(GENERAL) and name[len(GENERAL) :].isdigit()
+
+
 @dataclass(frozen=True)
 class _Expert:
-    """One expert at one site: its update, and ``[in]``, what it is for."""
+    """The factors of one expert at one site, and what its update is scaled by."""
 
-    update: LowRank
-    prototype: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
 
 
 def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
@@ -117,11 +133,15 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
         site_tensor(checkpoint, site, "lora_A.weight", (rank, site.in_features))
         site_tensor(checkpoint, site, "lora_B.weight", (site.out_features, rank))
     router = _Router.read(config, checkpoint.members)
-    experts = [_experts(checkpoint.members[name], base, sites, name, router.seed) for name in router.experts]
-    return {site.path: SiteForms(routed=_routed([e[site.path] for e in experts], router, site)) for site in sites}
+    experts, general = (
+        [_experts(checkpoint.members[name], base, sites, name) for name in names]
+        for names in (router.experts, router.general)
+    )
+    at = {site: ([e[site.path] for e in experts], [g[site.path] for g in general]) for site in sites}
+    return {site.path: SiteForms(routed=_routed(*found, router, site)) for site, found in at.items()}
 
 
-def _experts(member: Checkpoint, base: Base, sites: Sequence[Site], name: str, seed: int) -> dict[str, _Expert]:
+def _experts(member: Checkpoint, base: Base, sites: Sequence[Site], name: str) -> dict[str, _Expert]:
     """One member of the folder, by site."""
     if member.config.text("peft_type") != "LORA":
         raise AdapterUnsupported(f"the expert {name} must be a LoRA adapter", param="peft_type")
@@ -137,7 +157,7 @@ def _experts(member: Checkpoint, base: Base, sites: Sequence[Site], name: str, s
             f"the expert {name} does not adapt the same modules as the router, which peft cannot run",
             param="target_modules",
         )
-    experts = {}
+    experts, scaling = {}, lora.Scaling.read(member.config, sites)
     for site in sites:
         form = forms[site.path]
         if form.low_rank is None or form.names != ("LowRank",):
@@ -148,7 +168,7 @@ def _experts(member: Checkpoint, base: Base, sites: Sequence[Site], name: str, s
             )
         a = site_tensor(member, site, "lora_A.weight", (form.low_rank.rank, site.in_features))
         b = site_tensor(member, site, "lora_B.weight", (site.out_features, form.low_rank.rank))
-        experts[site.path] = _Expert(form.low_rank, _prototype(a, b, seed))
+        experts[site.path] = _Expert(a, b, scaling.of(site)[1])
     member.finish()
     return experts
 
@@ -164,12 +184,16 @@ def _prototype(a: torch.Tensor, b: torch.Tensor, seed: int) -> torch.Tensor:
     return vector
 
 
-def _routed(experts: Sequence[_Expert], router: _Router, site: Site) -> RoutedLowRank:
-    if len({expert.update.rank for expert in experts}) > 1:
+def _routed(experts: Sequence[_Expert], general: Sequence[_Expert], router: _Router, site: Site) -> RoutedLowRank:
+    if len({len(expert.a) for expert in (*experts, *general)}) > 1:
         raise AdapterMismatch(f"the experts have other ranks at {show(site.path)}, which peft cannot run", param="r")
+    if general:
+        a, b = (torch.stack([getattr(one, which) for one in general]).mean(0) for which in "ab")
+        experts = [replace(expert, a=expert.a - a, b=expert.b - b) for expert in experts]
+    prototypes = [_prototype(expert.a, expert.b, router.seed) for expert in experts]
     return RoutedLowRank(
-        a=torch.cat([expert.update.a for expert in experts]),
-        b=torch.cat([expert.update.b for expert in experts], dim=1),
-        prototypes=torch.stack([expert.prototype for expert in experts]) / router.temperature,
+        a=torch.cat([expert.a for expert in experts]),
+        b=torch.cat([expert.b * expert.scale for expert in experts], dim=1),
+        prototypes=torch.stack(prototypes) / router.temperature,
         top_k=router.top_k,
     )

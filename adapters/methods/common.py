@@ -196,12 +196,16 @@ def take_base_copies(checkpoint: Checkpoint, base: Base) -> None:
     """
     for name in checkpoint.tensors.left:
         parameter = base.parameters.get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
-        if parameter is None or not name.startswith(PREFIX):
-            continue
-        copy = checkpoint.tensors.take(name)
-        if parameter.is_meta:
-            raise BaseWeightsNeeded(f"{show(name)} can only be compared with a base that is loaded", param=name)
-        if copy.shape != parameter.shape or not torch.equal(copy.to(parameter.dtype), parameter.cpu()):
-            raise AdapterUnsupported(
-                f"{show(name)} replaces a weight of the base by another one, which is not served", param=name
-            )
+        if parameter is not None and name.startswith(PREFIX):
+            take_base_copy(checkpoint, name, parameter)
+
+
+def take_base_copy(checkpoint: Checkpoint, name: str, parameter: torch.Tensor) -> None:
+    """Take a tensor that repeats ``parameter`` of the base; see ``take_base_copies``."""
+    copy = checkpoint.tensors.take(name)
+    if parameter.is_meta:
+        raise BaseWeightsNeeded(f"{show(name)} can only be compared with a base that is loaded", param=name)
+    if copy.shape != parameter.shape or not torch.equal(copy.to(parameter.dtype), parameter.cpu()):
+        raise AdapterUnsupported(
+            f"{show(name)} replaces a weight of the base by another one, which is not served", param=name
+        )

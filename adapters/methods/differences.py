@@ -6,7 +6,7 @@ parameters that were trained in full. FishMask, PaFi, Child-Tuning and diff prun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,8 +31,20 @@ def compile_differences(folder: Path, base: Base) -> dict[str, SiteForms]:
     Raises:
         AdapterError: it cannot be read, or does not fit the base; names the parameter.
     """
+    forms = parameter_forms(_differences(folder, base), base)
+    if not forms:
+        raise AdapterFormatError("the file changes no parameter")
+    return {path: form for path, form in forms.items() if form.parts()}
+
+
+def parameter_forms(differences: Iterable[tuple[str, torch.Tensor]], base: Base) -> dict[str, SiteForms]:
+    """Forms by module path of parameters' names and what is added to each, as it is stored, fp32.
+
+    Raises:
+        AdapterUnsupported: a parameter is none of a linear layer, a norm or the embedding.
+    """
     forms: dict[str, SiteForms] = {}
-    for name, difference in _differences(folder, base):
+    for name, difference in differences:
         path, _, which = name.rpartition(".")
         site = base.module(path)
         if site is None or which not in ("weight", "bias"):
@@ -47,9 +59,7 @@ def compile_differences(folder: Path, base: Base) -> dict[str, SiteForms]:
         if site.kind == "embedding" and base.tied and base.head is not None:
             rows = _rows(site, difference, base, 1.0)
             forms[base.head] = replace(forms.get(base.head, SiteForms()), rows=rows)
-    if not forms:
-        raise AdapterFormatError("the file changes no parameter")
-    return {path: form for path, form in forms.items() if form.parts()}
+    return forms
 
 
 def _with(form: SiteForms, site: Site, which: str, difference: torch.Tensor, base: Base) -> SiteForms:
@@ -61,10 +71,13 @@ def _with(form: SiteForms, site: Site, which: str, difference: torch.Tensor, bas
         return replace(form, shift=difference)
     if site.kind == "embedding":
         return replace(form, rows=_rows(site, difference, base, base.embedding_scale))
-    flat = (difference.T if site.kind == "conv1d" else difference).flatten()
+    update = difference.T if site.kind == "conv1d" else difference
+    if 2 * int(update.count_nonzero()) > update.numel():  # dense in any case, and places would be many
+        return replace(form, delta=update)
+    flat = update.flatten()
     places = flat.nonzero()[:, 0]
-    update = sparse_update(base, site, places, flat[places], f"{site.path}.weight")
-    return replace(form, delta=update.delta, sparse=update.sparse)
+    few = sparse_update(base, site, places, flat[places], f"{site.path}.weight")
+    return replace(form, delta=few.delta, sparse=few.sparse)
 
 
 def _rows(site: Site, difference: torch.Tensor, base: Base, scale: float) -> TokenRows:

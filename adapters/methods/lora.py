@@ -49,7 +49,8 @@ SHARED_FIELDS = COMMON_FIELDS | FieldTable(
     neutral={
         "alora_invocation_tokens": Neutral("an activated LoRA starts in the middle of the prompt"),
         "arrow_config": Neutral(
-            "Arrow routes every token between several adapters: give the folder in which they lie beside arrow_router"
+            "Arrow routes every token between several adapters: give the folder in which they lie beside arrow_router",
+            chosen_by_object=True,
         ),
         "kasa_config": Neutral("KaSA removes singular values from the base weight"),
         "layer_replication": Neutral("it changes the depth of the base"),
@@ -88,7 +89,7 @@ FIELDS = SHARED_FIELDS.without(*_OWN_FIELDS, *VARIANT_FIELDS) | FieldTable(
 
 
 @dataclass(frozen=True)
-class _Scaling:
+class Scaling:
     """Rank and scale of each site: ``r`` and ``lora_alpha`` with the exceptions of the patterns."""
 
     rank: int
@@ -98,7 +99,7 @@ class _Scaling:
     alphas: Mapping[str, float]
 
     @classmethod
-    def read(cls, config: ConfigFields, sites: Sequence[Site]) -> _Scaling:
+    def read(cls, config: ConfigFields, sites: Sequence[Site]) -> Scaling:
         ranks = match_patterns(config.mapping("rank_pattern"), sites, "rank_pattern")
         alphas = match_patterns(config.mapping("alpha_pattern"), sites, "alpha_pattern")
         return cls(
@@ -125,7 +126,7 @@ def compile_sites(checkpoint: Checkpoint, base: Base) -> dict[str, SiteForms]:
     _check_tying(config, sites, base)
     parameters = targeted_parameters(config, base, sites)
     checkpoint.per_request.invocation = invocation_tokens(config, sites, base)
-    scaling = _Scaling.read(config, [*sites, *(named_as(name, site) for name, site in parameters.items())])
+    scaling = Scaling.read(config, [*sites, *(named_as(name, site) for name, site in parameters.items())])
     with_bias, dora = config.flag("lora_bias"), config.flag("use_dora")
     if with_bias and dora:
         raise AdapterUnsupported("lora_bias with use_dora is not defined, nor does peft make it", param="lora_bias")
@@ -151,7 +152,7 @@ def _bias(checkpoint: Checkpoint, site: Site) -> torch.Tensor:
     return checkpoint.tensors.take(tensor_name(checkpoint, site, "lora_B", "bias"), (site.out_features,)).float()
 
 
-def _parameter_forms(checkpoint: Checkpoint, parameters: Mapping[str, Site], name: str, scaling: _Scaling) -> SiteForms:
+def _parameter_forms(checkpoint: Checkpoint, parameters: Mapping[str, Site], name: str, scaling: Scaling) -> SiteForms:
     site = parameters[name]
     rank, scale = scaling.of(named_as(name, site))
     factors = parameter_factors(checkpoint, list(parameters), name, site, rank)

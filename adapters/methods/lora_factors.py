@@ -1,8 +1,10 @@
 """The factors of a LoRA site as peft's variants save them, and what some variants take from the base before training.
 
-Whatever the variant, a site's update is one low-rank product. PiSSA (arXiv 2404.02948), OLoRA (2406.01775) and KaSA
-(2412.06071) train on W less a part of itself that follows from W alone, so serving them beside others on the unchanged
-base subtracts that part too, as further ranks.
+Whatever the variant, a site's update is one low-rank product. PiSSA (arXiv 2404.02948), OLoRA (2406.01775), KaSA
+(2412.06071) and MiLoRA (2406.09044) train on W less a part of itself that follows from W alone, so serving them beside
+others on the unchanged base subtracts that part too, as further ranks. MiLoRA's authors (sufenlp/MiLoRA) save the rest
+of W as a model of its own and the adapter as a plain LoRA of that; ``"init_lora_weights": "milora"``, which peft does
+not know, says so in the config.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from weft.adapters.parts import LowRank
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base weights as they are."""
 
-RESIDUAL_INITS = ("pissa", "olora")
+RESIDUAL_INITS = ("pissa", "olora", "milora")
 """Those that take a part from them that can be computed again."""
 
 UNREPEATABLE_INITS: Mapping[str, str] = {
@@ -48,7 +50,8 @@ class Factors:
         groups: VeLoRA's, of the input.
         samplers: MonteCLoRA's samplers may be in the file.
         diagonal: KaSA's trained diagonal stands between A and B.
-        removed: what took a part of the base's weights before training: ``"pissa"``, ``"olora"``, ``"kasa"``.
+        removed: what took a part of the base's weights before training: ``"pissa"``, ``"olora"``, ``"milora"``,
+            ``"kasa"``.
     """
 
     blocks: int = 1
@@ -201,7 +204,8 @@ def _names(fields: ConfigFields, name: str) -> tuple[str, ...]:
 
 
 def _removed_part(how: str, base: Base, site: Site, rank: int, scale: float) -> LowRank:
-    """What was taken from W: its largest singular components (PiSSA), its smallest (KaSA), or a part of Q R (OLoRA).
+    """What was taken from W: its largest singular components (PiSSA), its smallest (KaSA, MiLoRA), or a part of Q R
+    (OLoRA).
 
     The products do not depend on the signs that an SVD or a QR is free to choose. In 16 bits peft rounds W less the
     part once; here W stays as it is and the part is rounded by itself, so the two agree to within that rounding.
@@ -216,6 +220,8 @@ def _removed_part(how: str, base: Base, site: Site, rank: int, scale: float) -> 
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     if how == "kasa" and rank >= len(s):
         raise AdapterMismatch(f"kasa_config needs a rank below {len(s)} at {site.path}, got {rank}", param="r")
+    if how == "milora" and rank > len(s):
+        raise AdapterMismatch(f"MiLoRA needs a rank of at most {len(s)} at {site.path}, got {rank}", param="r")
     if how == "pissa" and scale <= 0:
         raise AdapterUnsupported("init_lora_weights='pissa' needs a positive lora_alpha", param="lora_alpha")
     cut = rank if how == "pissa" else len(s) - rank

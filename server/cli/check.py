@@ -147,15 +147,17 @@ def named_base(adapter: Path) -> str:
     Raises:
         ConfigError: it names none.
     """
-    from weft.adapters.files import CONFIG, ROUTER
+    from weft.adapters.files import CHAIN, CONFIG, ROUTER
 
     folder = adapter if (adapter / CONFIG).exists() or not (adapter / ROUTER).is_dir() else adapter / ROUTER
     try:
+        if (adapter / CHAIN).exists():  # the first link was trained on the base, the others on what it made of it
+            folder = adapter / json.loads((adapter / CHAIN).read_text())["links"][0]
         config = json.loads((folder / CONFIG).read_text())
         # peft's name for it, and AdapterHub's.
         names = ("base_model_name_or_path", "model_name") if isinstance(config, dict) else ()
         named = next((config[name] for name in names if config.get(name)), None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"adapter: cannot read its adapter_config.json: {error}") from error
     if not isinstance(named, str) or not named:
         raise ConfigError("base: the adapter names no base model; pass --base")

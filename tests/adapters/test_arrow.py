@@ -12,7 +12,7 @@ from peft import ArrowConfig, LoraConfig
 
 from tests.adapters.conftest import TinyBase
 from tests.adapters.test_method_parity import assert_parity
-from tests.support.adapters import PeftReference, edit_config, edit_tensors, make_adapter, make_arrow
+from tests.support.adapters import PeftReference, edit_config, edit_tensors, make_adapter, make_arrow, make_lora
 from weft.adapters.errors import AdapterError, AdapterFormatError, AdapterMismatch, AdapterUnsupported
 from weft.adapters.methods import compile_adapter
 from weft.adapters.store import Store, digest
@@ -21,6 +21,7 @@ ARROWS = {
     "one": ArrowConfig(top_k=1, rng_seed=1),
     "two": ArrowConfig(top_k=2, router_temperature=0.3, rng_seed=2),
     "all": ArrowConfig(top_k=3, router_temperature=2.0, rng_seed=-3),
+    "general": ArrowConfig(top_k=2, rng_seed=4, use_gks=True),
 }
 
 
@@ -65,7 +66,7 @@ def edit_arrow(folder: Path, **fields: object) -> None:
         ("rng_seed", None, AdapterUnsupported),
         ("rng_seed", 1.5, AdapterFormatError),
         ("rng_seed", 1 << 64, AdapterFormatError),
-        ("use_gks", True, AdapterUnsupported),
+        ("use_gks", "yes", AdapterFormatError),
         ("task_adapter_names", ["task_0", "task_1"], AdapterMismatch),
         ("task_adapter_names", ["task_0", "task_1", "../task_2"], AdapterMismatch),
         ("task_adapter_names", None, AdapterMismatch),
@@ -135,13 +136,52 @@ def test_the_way_out_of_general_knowledge(llama: TinyBase, tmp_path: Path) -> No
     prompt = [5, 17, 3, 120, 44]
     config = ArrowConfig(top_k=2, rng_seed=1, use_gks=True)
     folder = make_arrow(llama.folder, tmp_path / "arrow", config, r=3, scale=2.0, target_modules=["q_proj", "v_proj"])
-    assert refusal(folder, llama).param == "use_gks"
     reference = PeftReference(llama.folder, folder)
     expected = reference.logits(prompt)
+    torch.testing.assert_close(PeftReference(llama.folder, folder).logits(prompt), expected, rtol=0, atol=0)
     reference.model.save_pretrained(str(tmp_path / "run"))
+    assert_parity(llama, tmp_path / "run")  # peft subtracts once more when it loads that
     edit_arrow(tmp_path / "run", gks_adapter_names=["gks_0"])
-    compile_adapter(tmp_path / "run", llama.base, version="v")
+    assert_parity(llama, tmp_path / "run")
     torch.testing.assert_close(PeftReference(llama.folder, tmp_path / "run").logits(prompt), expected)
+
+
+@pytest.mark.parametrize("names", [None, [], ["gks_1"], ["task_0"], ["gks_0", "gks_0"], ["gks_0", "gks_1"], "gks_0"])
+def test_general_knowledge_that_is_not_there(names: object, llama: TinyBase, tmp_path: Path) -> None:
+    config = ArrowConfig(top_k=2, rng_seed=1, use_gks=True)
+    folder = make_arrow(llama.folder, tmp_path / "arrow", config, r=3, target_modules=["q_proj"])
+    edit_arrow(folder, use_gks=True, gks_adapter_names=names)
+    assert refusal(folder, llama).param == "gks_adapter_names"
+
+
+def test_general_knowledge_of_several(llama: TinyBase, tmp_path: Path) -> None:
+    """Means of A and of B, not of the updates; and what is named must be of the experts' rank."""
+    config = ArrowConfig(top_k=2, rng_seed=1, use_gks=True)
+    folder = make_arrow(llama.folder, tmp_path / "arrow", config, r=3, scale=2.0, target_modules=["q_proj"])
+    make_lora(llama.folder, folder / "gks_1", seed=7, r=3, scale=2.0, target_modules=["q_proj"])
+    edit_arrow(folder, use_gks=True, gks_adapter_names=["gks_0", "gks_1"])
+    assert_parity(llama, folder)
+    shutil.rmtree(folder / "gks_1")
+    make_lora(llama.folder, folder / "gks_1", seed=7, r=2, target_modules=["q_proj"])
+    assert refusal(folder, llama).param == "r"
+
+
+def test_prototypes_from_another_place_on_every_load(llama: TinyBase, tmp_path: Path) -> None:
+    """Why ``rng_seed`` must be given."""
+    config = ArrowConfig(top_k=1)
+    folder = make_arrow(llama.folder, tmp_path / "arrow", config, r=3, scale=2.0, target_modules=["q_proj", "v_proj"])
+    first, second = (PeftReference(llama.folder, folder).logits([5, 17, 3, 120, 44]) for _ in range(2))
+    assert float((first - second).abs().max()) > 1e-3
+    assert refusal(folder, llama).param == "rng_seed"
+
+
+def test_an_empty_arrow_config(llama: TinyBase, tmp_path: Path) -> None:
+    """peft makes a router of it, and cannot; it is no plain LoRA."""
+    folder = make_lora(llama.folder, tmp_path / "lora", target_modules=["q_proj"])
+    edit_config(folder, arrow_config={})
+    with pytest.raises(AttributeError):
+        PeftReference(llama.folder, folder)
+    assert refusal(folder, llama).param == "arrow_config"
 
 
 def test_the_store_keeps_the_members(llama: TinyBase, arrow: Path, tmp_path: Path) -> None:

@@ -179,6 +179,15 @@ def test_object_store_without_an_adapter(bucket: Any, tmp_path: Path) -> None:
         resolve("memory://bucket/a", roots=[], cache=tmp_path)
 
 
+@pytest.mark.parametrize(("name", "why"), [("adapter_chain.json", "sub-folders"), ("model.safetensors", "is a model")])
+def test_object_store_with_what_must_be_local(name: str, why: str, bucket: Any, tmp_path: Path) -> None:
+    for file in (CONFIG, WEIGHTS):
+        bucket.rm(f"/bucket/a/{file}")
+    bucket.pipe("/bucket/a/config.json", b"{}")
+    bucket.pipe(f"/bucket/a/{name}", b"{}")
+    assert why in refusal("memory://bucket/a", [], tmp_path).message
+
+
 def test_download_that_breaks_off(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise ConnectionError("reset")

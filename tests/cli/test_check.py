@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from tests.support.adapters import make_adapter, make_lora
 from tests.support.models import tiny_model
+from tests.support.own_formats import make_chain, make_relora
 from tests.support.quantized import SETTINGS, save_quantized, wide_model
 from weft.adapters.store import digest
 from weft.server.cli import create_cli
@@ -83,6 +84,27 @@ def test_a_method_that_needs_the_weights_reads_them(base: Path, tmp_path: Path) 
     result = check(adapter, "--base", bare)
     assert result.exit_code == 1
     assert "follows from the weights" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_base_of_a_chain_is_that_of_its_first_link(base: Path, tmp_path: Path) -> None:
+    chain = make_chain(base, tmp_path / "chain", [{"r": 3, "target_modules": ["q_proj"]}] * 2).folder
+    result = check(chain)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[:4] == [
+        f"{chain} on {base} can be served",
+        "method   CHAIN",
+        "forms    LowRank",
+        "rank     6",
+    ]
+    (chain / "adapter_chain.json").write_text('{"links": 3}')
+    assert "cannot read" in check(chain).stderr
+
+
+def test_a_model_trained_in_full_is_compared_with_the_weights(base: Path, tmp_path: Path) -> None:
+    relora = make_relora(base, tmp_path / "relora").folder
+    result = check(relora, "--base", base)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[1] == "method   RELORA"
 
 
 def test_virtual_tokens_are_told(base: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from tests.support.adapters import PeftReference, edit_config, make_adapter, mak
 from tests.support.hub import adapters_of, base_of, expected
 from tests.support.matrix import Served, check_readme, table
 from tests.support.models import VOCAB_SIZE
+from tests.support.own_formats import make_chain, make_lotr, make_milora, make_relora
 
 MAX_TOKENS = 24
 TOLERANCE = 1e-3
@@ -97,7 +98,18 @@ def _unlike_the_others(base: Path) -> dict[str, Adapter]:
     activated = LoraConfig(task_type=TASK, alora_invocation_tokens=INVOCATION, **fields)
     router = ArrowConfig(top_k=2, rng_seed=3)
     arrow = make_arrow(base, base.parent / "arrow", router, r=3, target_modules=["q_proj", "up_proj"])
+    knowing = ArrowConfig(top_k=2, rng_seed=3, use_gks=True)
+    general = make_arrow(base, base.parent / "arrow-gks", knowing, r=3, target_modules=["q_proj", "up_proj"])
+    links = [{"r": 3, "target_modules": ["q_proj"]}, {"r": 4, "bias": "all", "target_modules": ["q_proj", "up_proj"]}]
+    others = {
+        "lotr": make_lotr(base, base.parent / "lotr"),
+        "chain": make_chain(base, base.parent / "chain", links),
+        "milora": make_milora(base, base.parent / "milora"),
+        "relora": make_relora(base, base.parent / "relora"),
+    }
     return {
+        **{name: Adapter(made.folder, _reference(made.model, made.adapter)) for name, made in others.items()},
+        "arrow-gks": Adapter(general, _reference(base, general), None),
         "dylora": Adapter(dylora, _reference(base, ranks), None, {"lora_rank": 2}),
         "alora": Adapter(alora, ActivatedReference(base, alora), activated, ending=(*INVOCATION, 5)),  # type: ignore[arg-type]
         "arrow": Adapter(arrow, _reference(base, arrow), None),

@@ -18,6 +18,7 @@ ARROWS = {
     "one": (ArrowConfig(top_k=1, rng_seed=1), 2),
     "two": (ArrowConfig(top_k=2, router_temperature=0.3, rng_seed=2), 5),
     "all": (ArrowConfig(top_k=3, router_temperature=2.0, rng_seed=3), 3),
+    "general": (ArrowConfig(top_k=2, rng_seed=4, use_gks=True), 3),
 }
 
 
