@@ -24,7 +24,8 @@ class Composition:
     """Adapters weighed against each other for a request.
 
     Attributes:
-        members: at least one; two of them may be of one version.
+        members: at least one; two of them may be of one version. Their order counts for ``lorahub`` alone, and there
+            only which of them is the first: its scale is that of the result, as in LoRAHub.
     """
 
     members: tuple[Member, ...]
@@ -38,11 +39,13 @@ class Composition:
     @property
     def canonical(self) -> Composition:
         """The same in the order that its identity has, so that equal identities mean equal numbers to the last bit."""
-        return Composition(tuple(sorted(self.members, key=lambda m: (m.version, m.weight))), self.combination)
+        first = 1 if self.combination == "lorahub" else 0
+        rest = sorted(self.members[first:], key=lambda member: (member.version, member.weight))
+        return Composition((*self.members[:first], *rest), self.combination)
 
     @property
     def identity(self) -> str:
-        """A digest of versions, weights and combination, whatever the order of the members."""
+        """A digest of versions, weights and combination, whatever the order of the members where it means nothing."""
         hashed = hashlib.sha256(f"weft composition 1 {self.combination}".encode())
         for member in self.canonical.members:
             version = member.version.encode()

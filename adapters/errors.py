@@ -6,7 +6,8 @@ AdapterError                 base of the tree; carries the field or tensor it is
 ├── BaseWeightsNeeded        compiling it needs the weights of the base, and only its shape is known
 ├── AdapterMismatch          does not fit the base model: unknown module, wrong shape, missing or extra tensor
 ├── AdapterSourceError       the source cannot be resolved or is not allowed
-└── AdapterTooLarge          does not fit into the memory set aside for adapters
+├── AdapterTooLarge          does not fit into the memory set aside for adapters
+└── NotComposable            adapters that cannot be weighed against each other as was asked
 """
 
 from __future__ import annotations
@@ -57,3 +58,13 @@ class AdapterTooLarge(AdapterError):
     """The adapter does not fit into the memory set aside for adapters."""
 
     code = "adapter_too_large"
+
+
+class NotComposable(AdapterError):
+    """Adapters that cannot be composed as was asked. ``member`` is the place of the one that prevents it."""
+
+    code = "not_composable"
+
+    def __init__(self, message: str, *, param: str | None = None, member: int | None = None) -> None:
+        super().__init__(message, param=param)
+        self.member = member

@@ -33,6 +33,7 @@ class Layout:
         kinds: input and activation of bottlenecks by path.
         fusions: likewise, of fusions.
         networks: likewise, of side networks.
+        scales: of low-rank updates that are LoRA's own factors, by path; see ``LowRank.scale``.
     """
 
     rows: Mapping[Place, int]
@@ -41,6 +42,7 @@ class Layout:
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     fusions: Mapping[str, FusionShape] = field(default_factory=dict)
     networks: Mapping[str, SideShape] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapter: CompiledAdapter) -> Layout:
@@ -58,6 +60,7 @@ class Layout:
             {path: (forms.bottleneck.input, forms.bottleneck.activation) for path, forms in sites if forms.bottleneck},
             {path: forms.fusion.shape for path, forms in sites if forms.fusion},
             {path: forms.network.shape for path, forms in sites if forms.network},
+            {p: f.low_rank.scale for p, f in sites if f.low_rank is not None and f.low_rank.scale is not None},
         )
 
 

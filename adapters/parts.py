@@ -72,11 +72,14 @@ class LowRank:
         a: ``[r, in]``; of experts ``[experts * r, in]``, those of one expert together.
         b: ``[out, r]``; of experts ``[out, experts * r]`` likewise. Every scale of the method is folded in.
         experts: at a parameter that holds a linear for each expert, how many; 1 elsewhere.
+        scale: the factors are LoRA's own, as they were trained, but for this scale in ``b``; None: they are made of
+            something else.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     experts: int = field(default=1, kw_only=True)
+    scale: float | None = field(default=None, kw_only=True)
 
     @property
     def rank(self) -> int:

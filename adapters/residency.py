@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from weft.adapters.composing import Recipe
 from weft.adapters.entries import TIERS, Derivation, Entry, Upload
 from weft.adapters.errors import AdapterError, AdapterUnsupported
 from weft.adapters.forms import CompiledAdapter, Prompt
 from weft.adapters.layout import Layout, Placement
 from weft.adapters.slots import SlotPool
+from weft.adapters.weighting import weigh
 
 Compile = Callable[[Path, str], CompiledAdapter]
 """Reads a folder and compiles it, given its version; raises AdapterError."""
@@ -37,15 +39,19 @@ class Residency:
         self.loads = 0
         self.load_seconds = 0.0
         self.evictions = 0
+        self.compositions = 0
+        self.composition_seconds = 0.0
         self._compile = compile_adapter
         self._entries: dict[str, Entry] = {}
         self._derived: set[str] = set()
+        self._unheld: set[str] = set()
         self._pinned: set[str] = set()
         self._doomed: set[str] = set()
         self._uploads: list[Upload] = []
         self._lock = threading.RLock()
         self._arrived = threading.Event()
         self._clock = 0
+        self._full = False
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="weft-adapter-load")
 
     def register(self, version: str, folder: Path) -> CompiledAdapter:
@@ -85,6 +91,7 @@ class Residency:
             AdapterUnsupported: one of them is nothing without a choice of the request's.
         """
         with self._lock:
+            self._full = False
             wanted = {version for version in versions if version in self._entries}
             for version in wanted:
                 self._check_pinnable(version)
@@ -115,6 +122,9 @@ class Residency:
 
         Args:
             derivation: of a version that is not registered itself; False when one of its parents is not.
+
+        Raises:
+            AdapterTooLarge: a composition that never finds room.
         """
         with self._lock:
             needed = derivation.parents if derivation else (version,)
@@ -123,10 +133,34 @@ class Residency:
             if len(folders) < len(needed):
                 return False
             if derivation is not None and version not in self._entries:
-                self._entries[version] = Entry(version, partial(derivation.make, folders), parents=needed)
+                entry = derivation.entry(folders)
+                if entry.layout is not None:
+                    self.pool.check_fits(entry.layout, beside=self._layouts(self._pinned))
+                self._entries[version] = entry
                 self._derived.add(version)
             self._entries[version].holds += 1
+            self._unheld.discard(version)
             return True
+
+    def describe(self, version: str) -> tuple[CompiledAdapter, Layout] | None:
+        """A registered adapter without its sites, and what it takes; None for one that requests may not name."""
+        with self._lock:
+            entry = self._entries.get(version)
+            if entry is None or version in self._doomed or entry.outline is None or entry.layout is None:
+                return None
+            return entry.outline, entry.layout
+
+    def compose_seconds(self, version: str, since: float) -> float | None:
+        """What the weighting step took that a request accepted at ``since`` (``time.monotonic``) waited for.
+
+        0.0 where the composition was there already; None of what is no composition.
+        """
+        with self._lock:
+            composed = self._entries[version].composed if version in self._entries else None
+            if composed is None:
+                return None
+            ended, seconds = composed
+            return seconds if ended > since else 0.0
 
     def outline(self, version: str) -> CompiledAdapter | None:
         """The adapter without its sites; None for one that is unknown, or derived and not made yet."""
@@ -141,7 +175,11 @@ class Residency:
     def drop(self, version: str) -> None:
         """A live request ended."""
         with self._lock:
-            self._entries[version].holds -= 1
+            entry = self._entries[version]
+            entry.holds -= 1
+            self._full = False
+            if not entry.holds and version in self._derived:
+                self._unheld.add(version)
 
     def acquire(self, version: str) -> int | None:
         """Pin the adapter's slot for a running row; None while it is not on the device (a load is then under way,
@@ -155,7 +193,8 @@ class Residency:
                 entry.pins += 1
                 entry.fresh = False
                 return entry.placement.slot
-            if entry.placement is None and entry.error is None:
+            hopeless = self._full and entry.layout is not None
+            if entry.placement is None and entry.error is None and not hopeless:
                 self._start_load(entry)
             return None
 
@@ -163,6 +202,7 @@ class Residency:
         """A running row ended or was preempted."""
         with self._lock:
             self._entries[version].pins -= 1
+            self._full = False
 
     def poll(self) -> list[tuple[str, AdapterError]]:
         """Publish what has arrived, forget what is to go, load what is pinned.
@@ -173,10 +213,12 @@ class Residency:
         with self._lock:
             uploads, self._uploads = self._uploads, []
             self._arrived.clear()
+            self._full = False
             failed = []
             for upload in uploads:
                 entry = upload.entry
                 entry.making = False
+                self._leave(entry)
                 if upload.error is not None:
                     self._vacate(entry)
                     entry.error = upload.error
@@ -195,9 +237,11 @@ class Residency:
 
     def _forgettable(self) -> list[str]:
         """Doomed adapters that nothing needs; derived ones that no request needs, once they lost their slot."""
-        parents = {parent for version in self._derived for parent in self._entries[version].parents}
+        parents: set[str] = set()
+        if self._doomed:
+            parents.update(parent for version in self._derived for parent in self._entries[version].parents)
         found = []
-        for version in self._derived | self._doomed:
+        for version in self._unheld | self._doomed:
             entry = self._entries[version]
             if entry.holds or version in parents or entry.tier == "loading":  # its pages may be being written
                 continue
@@ -207,7 +251,7 @@ class Residency:
 
     def _forget(self, version: str) -> None:
         self._vacate(self._entries.pop(version))
-        for versions in (self._derived, self._doomed, self._pinned):
+        for versions in (self._derived, self._unheld, self._doomed, self._pinned):
             versions.discard(version)
 
     def wait(self, timeout: float) -> None:
@@ -264,24 +308,78 @@ class Residency:
                 entry.making = True
                 self._loader.submit(self._load, entry, None)
             return
-        placement = self.pool.reserve(entry.layout)
-        while placement is None and self._evict():
-            placement = self.pool.reserve(entry.layout)
+        placement = self._reserve(entry.layout)
         if placement is None:
             return  # every other adapter is in use; tried again when the request is looked at next
         entry.placement = placement
+        if entry.recipe is not None:
+            self._bring(entry, entry.recipe)
         self._loader.submit(self._load, entry, placement)
+
+    def _reserve(self, layout: Layout, *, held: bool = True) -> Placement | None:
+        """Room for an adapter, in place of others that nobody uses; None if there is none.
+
+        Args:
+            held: those others may be such that live requests wait for.
+        """
+        placement = self.pool.reserve(layout)
+        while placement is None and self._evict(held=held):
+            placement = self.pool.reserve(layout)
+        return placement
+
+    def _bring(self, entry: Entry, recipe: Recipe) -> None:
+        """Have the members of a composition on the device before it is made: their loads run first.
+
+        Where there is no room for all of them it is made from host memory instead.
+        """
+        members = [self._entries[version] for version in recipe.sources]
+        missing = [member for member in members if member.placement is None]
+        if recipe.sparse or (missing and not self._room_for(members, missing, entry)):
+            return
+        for member in members:
+            member.used = self._clock
+            member.readers += 1
+        for member in missing:
+            assert member.layout is not None, "what is registered has a layout"
+            member.placement = self._reserve(member.layout, held=False)
+            if member.placement is None:
+                break
+        entry.sources = {m.version: m.placement for m in members if m.placement is not None}
+        if len(entry.sources) < len(members):
+            for member in missing:
+                self._vacate(member)
+            self._leave(entry)
+            return
+        for member in missing:
+            self._loader.submit(self._load, member, member.placement)
+
+    def _room_for(self, members: Sequence[Entry], missing: Sequence[Entry], entry: Entry) -> bool:
+        """Whether it is worth making room: the ``missing`` members of a composition may get slots, and all fit."""
+        others = [e for e in self._idle(held=False) if e not in members]
+        if len(missing) > self.pool.slots_free + len(others):
+            return False
+        together = {e.version for e in (*members, entry)} | self._pinned
+        return self.pool.fit(self._layouts(together))
+
+    def _leave(self, entry: Entry) -> None:
+        """The members of a composition are not read any more, or will not be."""
+        if entry.sources is not None and entry.recipe is not None:
+            for version in entry.recipe.sources:
+                self._entries[version].readers -= 1
+        entry.sources = None
 
     def _load(self, entry: Entry, placement: Placement | None) -> None:
         """Bring an adapter to its place, or make a derived one, which tells what place it needs. In the background."""
         started = time.perf_counter()
         adapter, error = entry.compiled, None
         try:
-            if adapter is None:
-                adapter = entry.make()
-            if placement is not None:
+            if entry.recipe is not None and placement is not None:
+                self._compose(entry, entry.recipe, placement)
+            elif placement is not None:
+                adapter = adapter or self._made(entry)
                 self.pool.upload(placement, adapter)
             else:
+                adapter = adapter or self._made(entry)
                 self._describe(entry, adapter)
         except AdapterError as exc:
             error = exc
@@ -290,11 +388,48 @@ class Residency:
         with self._lock:
             if error is None:
                 entry.compiled = adapter
+                entry.filled = placement is not None
                 self._trim_host(keep=entry.version)
-                self.loads += placement is not None
-                self.load_seconds += time.perf_counter() - started
+                self._count(entry, placement, time.perf_counter() - started)
             self._uploads.append(Upload(entry, placement, error))
             self._arrived.set()
+
+    def _count(self, entry: Entry, placement: Placement | None, seconds: float) -> None:
+        if entry.recipe is not None:
+            entry.composed = time.monotonic(), seconds
+            self.compositions += 1
+            self.composition_seconds += seconds
+        else:
+            self.loads += placement is not None
+            self.load_seconds += seconds
+
+    @staticmethod
+    def _made(entry: Entry) -> CompiledAdapter:
+        assert entry.make is not None, "only a composition is not compiled"
+        return entry.make()
+
+    def _compose(self, entry: Entry, recipe: Recipe, placement: Placement) -> None:
+        """The weighting step: from the members' rows on the device, or else from host memory. In the background."""
+        with self._lock:
+            sources = entry.sources or {}
+            there = all(v in sources and self._entries[v].filled for v in recipe.sources)
+        if there:
+            members = [sources.get(member.version) for member in recipe.composition.members]
+            weigh(self.pool, placement, recipe, members)
+        else:
+            self.pool.fill(placement, recipe.rows(self._host_copy, self.pool.experts))
+
+    def _host_copy(self, version: str) -> CompiledAdapter:
+        """A registered adapter in host memory, read again if it had to leave."""
+        with self._lock:
+            entry = self._entries[version]
+            compiled = entry.compiled
+        if compiled is None:
+            compiled = self._made(entry)
+            with self._lock:
+                entry.compiled = compiled
+                self._trim_host(keep=version)
+        return compiled
 
     def _describe(self, entry: Entry, compiled: CompiledAdapter) -> None:
         layout = Layout.of(compiled)
@@ -302,28 +437,36 @@ class Residency:
             self.pool.check_fits(layout, beside=self._layouts(self._pinned))
             entry.describe(compiled, layout)
 
-    def _evict(self) -> bool:
+    def _evict(self, *, held: bool) -> bool:
         """Take the slot of the least recently used adapter that nobody needs now; False if there is none.
 
         One that was just loaded for waiting requests stays until it was used: otherwise two adapters could evict each
         other forever.
+
+        Args:
+            held: it may be one that waiting requests need again.
         """
-        idle = [
-            e
-            for e in self._entries.values()
-            if e.ready and not e.pins and not (e.fresh and e.holds) and e.version not in self._pinned
-        ]
+        idle = self._idle(held=held)
         if not idle:
+            self._full = held and not self.pool.slots_free
             return False
         self._vacate(min(idle, key=lambda e: (e.holds > 0, e.used)))
         self.evictions += 1
         return True
 
+    def _idle(self, *, held: bool) -> list[Entry]:
+        return [
+            e
+            for e in self._entries.values()
+            if e.ready and not e.pins and not e.readers and not (e.fresh and e.holds) and e.version not in self._pinned
+            if held or not e.holds
+        ]
+
     def _vacate(self, entry: Entry) -> None:
         if entry.placement is not None:
             self.pool.free(entry.placement)
         entry.placement = None
-        entry.ready = entry.fresh = False
+        entry.filled = entry.ready = entry.fresh = False
 
     def _trim_host(self, keep: str) -> None:
         """Drop host copies, least recently used first, until they fit their budget."""
@@ -347,3 +490,5 @@ class Residency:
             placed = sum(entry.placement is not None for entry in self._entries.values())
             assert placed == self.pool.slots_used, f"{placed} adapters placed, {self.pool.slots_used} slots used"
             assert all(e.pins <= e.holds for e in self._entries.values()), "more pins than live requests"
+            readers = Counter(v for e in self._entries.values() if e.sources and e.recipe for v in e.recipe.sources)
+            assert all(e.readers == readers[v] for v, e in self._entries.items()), "readers of members are lost"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 
 import torch
 
@@ -77,6 +78,10 @@ class SlotPool:
         return self.num_slots - len(self._free_slots)
 
     @property
+    def slots_free(self) -> int:
+        return len(self._free_slots)
+
+    @property
     def nbytes_used(self) -> int:
         return self._nbytes(Counter({w: self.capacity[w] - len(pool.free) for w, pool in self._pools.items()}))
 
@@ -104,10 +109,20 @@ class SlotPool:
                 param="adapter_memory",
             )
 
+    def fit(self, layouts: Iterable[Layout]) -> bool:
+        """Whether all these fit at once when there are no others."""
+        taken, slots = Counter[int](), 0
+        for layout in layouts:
+            taken.update(self._need(layout))
+            slots += 1
+        return slots <= self.num_slots and all(count <= self.capacity[w] for w, count in taken.items())
+
     def reserve(self, layout: Layout) -> Placement | None:
         """A slot and rows for an adapter, or None when there is no room now."""
+        if not self._free_slots:
+            return None
         need = self._need(layout)
-        if not self._free_slots or any(n > len(self._pools[w].free) for w, n in need.items()):
+        if any(n > len(self._pools[w].free) for w, n in need.items()):
             return None
         rows = {place: self._pools[self._width(place)].free.take(count) for place, count in layout.rows.items()}
         placement = Placement(self._free_slots.pop(), layout, rows)
@@ -116,18 +131,34 @@ class SlotPool:
 
     def upload(self, placement: Placement, adapter: CompiledAdapter) -> None:
         """Copy the adapter's tensors to their rows; returns when they are there. Any thread."""
+        sites = adapter.sites.items()
+        self.fill(placement, (((path, part), rows) for path, f in sites for part, rows in f.parts().items()))
+
+    def fill(self, placement: Placement, parts: Iterable[tuple[Place, torch.Tensor]]) -> None:
+        """The same with the rows of each place."""
+        with self.writing():
+            for place, rows in parts:
+                if len(rows):
+                    self._pools[self._width(place)].write(placement.rows[place], rows)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """For writing rows that no published table names, in any thread: when this ends they are there."""
         if self._stream is None:
-            self._write(placement, adapter)
+            yield
             return
         with torch.cuda.stream(self._stream):
-            self._write(placement, adapter)
+            yield
         self._stream.synchronize()
 
-    def _write(self, placement: Placement, adapter: CompiledAdapter) -> None:
-        for path, forms in adapter.sites.items():
-            for part, rows in forms.parts().items():
-                if len(rows):
-                    self._pools[self._width((path, part))].write(placement.rows[path, part], rows)
+    def storage(self, place: Place) -> torch.Tensor:
+        """All rows of the pool that those of a place are in."""
+        return self._pools[self._width(place)].rows
+
+    def experts(self, path: str) -> int:
+        """How many experts there are at a path; 1 where there are none."""
+        site = self._base.module(path)
+        return max(1, site.experts) if site is not None else 1
 
     def publish(self, placement: Placement) -> None:
         """Let the kernels see an uploaded adapter under its slot."""

@@ -33,6 +33,7 @@ from weft.kernels.grouped_turn import triton as turn
 from weft.kernels.mean_gates import triton as mean
 from weft.kernels.paged_attention import triton as attention
 from weft.kernels.routed_lora import triton as routed
+from weft.kernels.weighted_sum import triton as weighted
 
 # The shared memory one program may use, in bytes.
 TARGETS = {
@@ -49,19 +50,19 @@ POINTERS = {
     "integers": "*i32",
     **dict.fromkeys(("inputs", "activations", "bias_table", "up_bias_table"), "*i32"),
     "slot_mapping": "*i64",
-    **dict.fromkeys(("links", "bounds", "down_ranks", "up_ranks"), "*i32"),
-    **dict.fromkeys(("planes", "gates", "scored", "result", "weighed", "lse"), "*fp32"),
+    **dict.fromkeys(("links", "bounds", "down_ranks", "up_ranks", "where", "index"), "*i32"),
+    **dict.fromkeys(("planes", "gates", "scored", "result", "weighed", "lse", "weights"), "*fp32"),
 }
 SCALARS = dict.fromkeys(("score_scale", "softcap_scale", "scale"), "fp32")
 VALUES = (
     *("x", "a", "y", "b", "q", "k", "v", "k_cache", "v_cache", "out", "sinks", "gain", "shift", "delta"),
     *("keys", "values", "pool", "prototypes", "rotation", "sparse", "turn"),
-    *("f", "r", "down", "up", "bias", "up_bias"),
+    *("f", "r", "down", "up", "bias", "up_bias", "source"),
 )
 # Arguments that are multiples of 16 at the widths models have; the launch specializes on it.
 MULTIPLES = (
     *("width", "split_width", "x_stride", "y_stride", "f_stride", "r_stride"),
-    *("q_token_stride", "q_head_stride", "k_token_stride"),
+    *("q_token_stride", "q_head_stride", "k_token_stride", "out_stride", "source_stride"),
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPILL_BOUND = 0
@@ -97,9 +98,9 @@ def variants() -> Iterator[Variant]:
         down = bottleneck.down_config(DTYPES[dtype], units, rows)
         up = bottleneck.up_config(DTYPES[dtype], units, rows)
         yield Variant(f"bottleneck down {units} rows {rows}", bottleneck.down_kernel, dtype, down)
-        for gated in (False, True):
-            label = f"bottleneck up {units} rows {rows}{' gated' if gated else ''}"
-            yield Variant(label, bottleneck.up_kernel, dtype, up | {"HAS_GATES": gated})
+        for by_gate in (False, True):
+            label = f"bottleneck up {units} rows {rows}{' gated' if by_gate else ''}"
+            yield Variant(label, bottleneck.up_kernel, dtype, up | {"HAS_GATES": by_gate})
     for dtype, rows in (("bf16", 16), ("bf16", 32), ("fp16", 16), ("fp32", 16)):
         yield Variant(f"delta rows {rows}", delta.delta_kernel, dtype, delta.delta_config(DTYPES[dtype], rows))
         yield Variant(f"rotate rows {rows}", rotate.rotate_kernel, dtype, rotate.rotate_config(DTYPES[dtype], rows))
@@ -114,6 +115,8 @@ def variants() -> Iterator[Variant]:
     for dtype in DTYPES:
         has = {"HAS_GAIN": True, "HAS_SHIFT": True}
         yield Variant("affine", affine.affine_kernel, dtype, affine.affine_config(DTYPES[dtype]) | has)
+        config = weighted.weighted_sum_config(DTYPES[dtype])
+        yield Variant("weighted sum", weighted.weighted_sum_kernel, dtype, config)
         yield Variant("turn", turn.turn_kernel, dtype, turn.turn_config(DTYPES[dtype]))
     for dtype, group, width, rows in (
         ("bf16", 4, 128, 32),

@@ -31,9 +31,9 @@ def pack_rows(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Te
 
 
 def unpack_rows(rows: Tensor, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `pack_rows` was given, as views. Waits for the device."""
+    """What `pack_rows` was given, as views; rows beyond that count nothing. Waits for the device."""
     starts = rows.view(torch.int32).view(-1)[: outputs + 1]
     count = int(starts[-1])
     counts = row_counts(outputs, count, rows.shape[1], rows.element_size())
-    _, columns, values = rows.split(counts)
+    _, columns, values = rows[: sum(counts)].split(counts)
     return starts, columns.view(torch.int32).view(-1)[:count], values.reshape(-1)[:count]

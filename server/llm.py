@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from weft.adapters.composition import Combination, Composition, Member
 from weft.adapters.store import digest
 from weft.server.config import EngineConfig
 from weft.server.engine.engine import Engine
@@ -18,6 +19,9 @@ from weft.server.errors import InvalidRequest, NotFound, RequestError
 from weft.server.tokenization import Tokenizer
 
 Prompt = str | list[int]
+
+Adapter = str | Mapping[str, float]
+"""Id of an adapter, or weights of several by id, which are composed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     prompt_logprobs: list[TokenLogprobs | None] | None
-    adapter: str | None
+    adapter: Adapter | None
     outputs: list[Completion]
 
 
@@ -127,7 +131,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter: str | Sequence[str | None] | None = None,
+        adapter: Adapter | Sequence[Adapter | None] | None = None,
+        combination: Combination | Sequence[Combination] = "linear",
         task_id: int | Sequence[int | None] | None = None,
         lora_rank: int | Sequence[int | None] | None = None,
         n: int = 1,
@@ -137,7 +142,10 @@ class LLM:
         Args:
             prompts: texts or lists of token ids.
             params: for all prompts, or one per prompt.
-            adapter: id of the adapter for all prompts, or one per prompt; None: the base.
+            adapter: id of the adapter for all prompts, or one per prompt; None: the base. Weights by id
+                (``{"sql": 0.7, "formal": -0.2}``) are a composition of these adapters.
+            combination: how compositions are made, for all prompts or one per prompt: ``"linear"``, Σ w ΔW, or
+                ``"lorahub"``, (Σ w B)(Σ w A).
             task_id, lora_rank: likewise, for adapters that let requests choose (``AdapterInfo.choices``).
             n: continuations per prompt; with a seed, the i-th uses ``seed + i``.
 
@@ -147,13 +155,16 @@ class LLM:
         batch = _as_list(prompts)
         all_params = _one_each("params", params or SamplingParams(), len(batch))
         names = _one_each("adapter", adapter, len(batch))
+        combinations = _one_each("combination", combination, len(batch))
         choices = _choices(len(batch), task_id=task_id, lora_rank=lora_rank)
         ids = [self._encode(prompt) for prompt in batch]
         streams: list[_Stream] = []
         try:
-            for prompt_ids, prompt_params, name, chosen in zip(ids, all_params, names, choices, strict=True):
+            for prompt_ids, prompt_params, name, how, chosen in zip(
+                ids, all_params, names, combinations, choices, strict=True
+            ):
                 for index in range(n):
-                    streams.append(self._start(prompt_ids, prompt_params, name, chosen, index))
+                    streams.append(self._start(prompt_ids, prompt_params, self._runs(name, how), chosen, index))
             self._run(streams)
         except BaseException:
             self._abandon(streams)
@@ -168,18 +179,25 @@ class LLM:
             raise InvalidRequest("the model has no tokenizer; give token ids", param="prompt")
         return self.tokenizer.encode(prompt)
 
+    def _runs(self, name: Adapter | None, combination: Combination) -> dict[str, Any]:
+        """The fields of a request that say what it runs with."""
+        if name is None:
+            return {}
+        for each in [name] if isinstance(name, str) else name:
+            if each not in self._versions:
+                raise NotFound(f"there is no adapter {each!r}", param="adapter")
+        if isinstance(name, str):
+            return {"adapter": self._versions[name], "adapter_name": name}
+        members = tuple(Member(self._versions[each], weight) for each, weight in name.items())
+        return {"composition": Composition(members, combination)}
+
     def _start(
-        self, ids: list[int], params: SamplingParams, name: str | None, choices: dict[str, int], index: int
+        self, ids: list[int], params: SamplingParams, runs: dict[str, Any], choices: dict[str, int], index: int
     ) -> _Stream:
-        if name is not None and name not in self._versions:
-            raise NotFound(f"there is no adapter {name!r}", param="adapter")
         if params.seed is not None and index:
             params = replace(params, seed=params.seed + index)
-        version = None if name is None else self._versions[name]
         self._serial += 1
-        request = EngineRequest(
-            f"offline-{self._serial}", ids, params, adapter=version, adapter_name=name, choices=choices
-        )
+        request = EngineRequest(f"offline-{self._serial}", ids, params, choices=choices, **runs)
         text = None
         if self.tokenizer is not None:
             text = TextStream(self.tokenizer, ids, params)
@@ -200,7 +218,8 @@ class LLM:
                     self._take(stream, delta)
         failed = next((stream for stream in streams if stream.error is not None), None)
         if failed is not None:
-            raise RequestError(failed.error or "", param="adapter" if failed.request.adapter else None)
+            on_adapters = failed.request.adapter or failed.request.composition
+            raise RequestError(failed.error or "", param="adapter" if on_adapters else None)
 
     def _take(self, stream: _Stream, delta: TokenDelta) -> None:
         if delta.prompt_logprobs is not None:
@@ -246,7 +265,7 @@ def _choices(count: int, **given: Any) -> list[dict[str, int]]:
     return [{name: each[i] for name, each in values.items() if each[i] is not None} for i in range(count)]
 
 
-def _output(prompt: Prompt, adapter: str | None, group: list[_Stream]) -> RequestOutput:
+def _output(prompt: Prompt, adapter: Adapter | None, group: list[_Stream]) -> RequestOutput:
     first = group[0]
     completions = [
         Completion(

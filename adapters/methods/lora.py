@@ -156,7 +156,7 @@ def _parameter_forms(checkpoint: Checkpoint, parameters: Mapping[str, Site], nam
     site = parameters[name]
     rank, scale = scaling.of(named_as(name, site))
     factors = parameter_factors(checkpoint, list(parameters), name, site, rank)
-    return SiteForms(replace(factors, b=factors.b * scale))
+    return SiteForms(replace(factors, b=factors.b * scale, scale=scale))
 
 
 def _embedding_forms(checkpoint: Checkpoint, base: Base, site: Site, rank: int, scale: float, dora: bool) -> SiteForms:
@@ -167,7 +167,7 @@ def _embedding_forms(checkpoint: Checkpoint, base: Base, site: Site, rank: int, 
         * scale
     )
     if not dora:
-        return SiteForms(LowRank(a, b * base.embedding_scale))
+        return SiteForms(LowRank(a, b * base.embedding_scale, scale=scale * base.embedding_scale))
     if base.embedding_scale != 1.0:
         raise AdapterUnsupported("use_dora on an embedding that scales its vectors is not served", param="use_dora")
     gain = _magnitude(checkpoint, site) / (base.weight(site).T + b @ a).norm(dim=1)

@@ -101,7 +101,8 @@ class Factors:
         if self.diagonal:
             a = a * checkpoint.tensors.take(tensor_name(checkpoint, site, "lora_diag"), (rank,)).float()[:, None]
         if self.removed is None:
-            return LowRank(a, b)
+            saved = not self.diagonal and site.path not in self.packed
+            return LowRank(a, b, scale=scale if saved else None)
         part = _removed_part(self.removed, base, site, rank, scale)
         _take_residual(checkpoint, base, site, part)
         return LowRank(torch.cat([a, part.a]), torch.cat([b, -part.b], dim=1))

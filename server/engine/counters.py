@@ -8,21 +8,23 @@ from weft.adapters.residency import Residency
 from weft.server.engine.batch import Batch
 from weft.server.engine.info import AdapterStats, EngineStats
 from weft.server.engine.scheduler import Scheduler
-from weft.server.engine.sequence import Sequence
+from weft.server.engine.sequence import UNNAMED_COMPOSITION, Sequence
 
 
 class Counters:
     """Counts steps and tokens, tokens by adapter name ("" is the base)."""
 
     def __init__(self) -> None:
+        self.composition_hits = 0
         self._tokens: dict[str, Counter[str]] = {}
         self._versions: dict[str, str] = {}  # the version each adapter name last stood for
         self._steps = self._step_adapters = self._max_step_adapters = self._batch_tokens = 0
 
     def accepted(self, seq: Sequence) -> None:
         """A request was accepted."""
-        if seq.request.adapter is not None:
-            self._versions[seq.name] = seq.request.adapter
+        version = seq.request.adapter or next(iter(seq.parents), None)
+        if version is not None and seq.name != UNNAMED_COMPOSITION:
+            self._versions[seq.name] = version
         self._of(seq)["prompt_tokens"] += seq.prompt_len
 
     def generated(self, seq: Sequence) -> None:
@@ -69,6 +71,9 @@ class Counters:
             loads=adapters.loads,
             load_seconds_sum=adapters.load_seconds,
             evictions=adapters.evictions,
+            compositions=adapters.compositions,
+            composition_seconds_sum=adapters.composition_seconds,
+            composition_hits=self.composition_hits,
         )
 
     def _of(self, seq: Sequence) -> Counter[str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-from weft.adapters.entries import Derivation
 from weft.adapters.errors import AdapterError
 from weft.adapters.forms import CompiledAdapter
 from weft.adapters.quantized import count_parameters
@@ -21,8 +20,8 @@ from weft.server.engine.request import EngineRequest, TokenDelta
 from weft.server.engine.sampler import Sample, Sampler
 from weft.server.engine.scheduler import Row, Scheduler
 from weft.server.engine.sequence import Sequence
-from weft.server.engine.variants import last_occurrence, resolve, variant
-from weft.server.errors import InvalidRequest, NotFound, Overloaded
+from weft.server.engine.variants import RunsWith, Variants, last_occurrence
+from weft.server.errors import InvalidRequest, Overloaded
 
 
 class Engine:
@@ -43,7 +42,7 @@ class Engine:
         self.config = config
         self.adapters = loaded.adapters
         self.runner = loaded.runner
-        self._compile_folder = loaded.compile_folder
+        self._variants = Variants(loaded.adapters, loaded.compile_folder)
         self._blocks = BlockPool(loaded.runner.cache.num_blocks)
         self._scheduler = Scheduler(config, self._blocks, loaded.adapters)
         self._sampler = Sampler(loaded.eos_token_ids)
@@ -58,56 +57,32 @@ class Engine:
         Raises:
             InvalidRequest: naming the field. NotFound: its adapter is not registered. Overloaded: the queue is full.
         """
-        outline = self._outline(request)
-        max_len = self._check(request, outline)
-        chosen = resolve(outline.choices if outline else (), request.choices)
+        runs = self._variants.find(request.adapter, request.composition, request.choices)
+        max_len = self._check(request, runs.outline)
         if len(self._scheduler.waiting) >= self.config.max_queued_requests:
             raise Overloaded(f"{len(self._scheduler.waiting)} requests are waiting already")
-        seq = self._sequence(request, outline, chosen, max_len)
-        if request.adapter is not None:
-            self._hold(seq, request.adapter, chosen)
+        self._variants.hold(runs)
+        seq = self._sequence(request, runs, max_len)
         self._live[request.request_id] = seq
         self._scheduler.add(seq)
         self._counters.accepted(seq)
 
-    def _outline(self, request: EngineRequest) -> CompiledAdapter | None:
-        """The adapter that a request names, without its sites; None: the base."""
-        if request.adapter is None:
-            return None
-        outline = self.adapters.outline(request.adapter)
-        if outline is None:
-            raise _not_registered(request.adapter)
-        return outline
-
-    def _sequence(
-        self, request: EngineRequest, outline: CompiledAdapter | None, chosen: Mapping[str, int], max_len: int
-    ) -> Sequence:
-        """A request on the variant it chose, which works from its invocation on, if it has one."""
-        adapter = variant(outline.version, chosen) if outline else None
-        root = root_key(self.info.fingerprint, adapter, request.cache_salt)
+    def _sequence(self, request: EngineRequest, runs: RunsWith, max_len: int) -> Sequence:
+        """A request on what it runs with, which works from its invocation on, if it has one."""
+        outline = runs.outline
+        root = root_key(self.info.fingerprint, runs.identity, request.cache_salt)
         seq = Sequence.start(request, root, max_len, outline.prompt if outline else None)
-        seq.adapter = adapter
+        seq.adapter, seq.parents = runs.identity, runs.parents
         seq.whole_prompt = outline is not None and outline.whole_prompts
-        if outline is not None and outline.invocation:
+        if runs.identity is not None and outline is not None and outline.invocation:
             seq.root = root_key(self.info.fingerprint, None, request.cache_salt)
             activation = last_occurrence(request.prompt_token_ids, outline.invocation)
-            if activation is None:
-                seq.adapter = None
+            if activation is None:  # it is not invoked
+                self.adapters.drop(runs.identity)
+                seq.adapter, seq.parents = None, ()
             else:
                 seq.activation, seq.active_root = activation, root
         return seq
-
-    def _hold(self, seq: Sequence, version: str, chosen: Mapping[str, int]) -> None:
-        """Keep what the request runs with, and have it made if it is a variant that is not there."""
-        held = seq.adapter or version
-        derivation = None
-        if chosen:
-            derivation = Derivation(held, (version,), lambda folders: self._compile_folder(folders[0], held, chosen))
-        self.adapters.clear_error(held)
-        if not self.adapters.hold(held, derivation):
-            raise _not_registered(version)
-        if seq.adapter is None:  # an adapter that is not invoked
-            self.adapters.drop(held)
 
     def abort(self, request_id: str) -> None:
         """End a request, if it is live; the next step's deltas hold its last one."""
@@ -173,7 +148,17 @@ class Engine:
             stop_reason=stop,
             cached_tokens=seq.cached_tokens if first else 0,
             queue_seconds=seq.queue_seconds if first else None,
+            compose_seconds=self._compose_seconds(seq) if first else None,
         )
+
+    def _compose_seconds(self, seq: Sequence) -> float | None:
+        """What the weighting step took that a request waited for; None if it is on no composition."""
+        if seq.adapter is None:
+            return None
+        seconds = self.adapters.compose_seconds(seq.adapter, seq.accepted)
+        if seconds == 0.0:
+            self._counters.composition_hits += 1
+        return seconds
 
     def _finish_reason(self, seq: Sequence, token: int) -> tuple[str | None, int | None]:
         params = seq.request.params
@@ -262,7 +247,7 @@ class Engine:
         self.adapters.check_integrity()
         known = {id(seq) for seq in (*self._scheduler.running, *self._scheduler.waiting)}
         assert known == {id(seq) for seq in self._live.values()}, "live requests and the scheduler's disagree"
-        holds = Counter(seq.request.adapter for seq in self._live.values() if seq.adapter is not None)
+        holds = Counter(parent for seq in self._live.values() for parent in seq.parents)
         for version, count in self.adapters.holds().items():
             assert count == holds[version], f"{version} is held {count} times by {holds[version]} live requests"
 
@@ -313,10 +298,6 @@ class Engine:
         wrong = next((token for token in tokens if not 0 <= token < size), None)
         if wrong is not None:
             raise InvalidRequest(f"'{field}' has token id {wrong}, outside the vocabulary of {size}", param=field)
-
-
-def _not_registered(version: str) -> NotFound:
-    return NotFound(f"no adapter of version {version!r} is registered", param="model")
 
 
 def _describe(config: EngineConfig, loaded: startup.Loaded, seconds: float) -> ModelInfo:

@@ -88,6 +88,7 @@ class EngineStats:
         device_bytes, host_bytes: adapter memory in use per tier.
         steps, batch_tokens: forward passes, and tokens that went through them (counters).
         load_seconds_sum, loads: transfers to the device.
+        compositions, composition_seconds_sum: weighting steps. composition_hits: requests that found theirs made.
     """
 
     running: int = 0
@@ -113,3 +114,6 @@ class EngineStats:
     loads: int = 0
     load_seconds_sum: float = 0.0
     evictions: int = 0
+    compositions: int = 0
+    composition_seconds_sum: float = 0.0
+    composition_hits: int = 0

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from weft.server.engine.sequence import Sequence
+
+LOOK_AHEAD = 8
+"""Requests at the beginning of a queue of compositions that are looked at in one step."""
 
 
 class FairQueues:
@@ -51,9 +55,13 @@ class FairQueues:
         self._served[name] = self._served.get(name, 0.0) + tokens
 
     def next(self, eligible: Callable[[Sequence], bool]) -> Sequence | None:
-        """The head to serve next among the queues whose head is ``eligible``; it stays queued."""
+        """The head to serve next among the queues whose head is ``eligible``; it stays queued.
+
+        Compositions of one name may each be another adapter, so the next few of them are as good as heads: they are
+        made at the same time, and none waits for the one before it to be there.
+        """
         heads = sorted(
-            (queue[0] for queue in self._queues.values()),
+            (seq for queue in self._queues.values() for seq in _heads(queue)),
             key=lambda seq: (seq.request.priority, self._served.get(seq.name, 0.0), seq.arrival),
         )
         return next((seq for seq in heads if eligible(seq)), None)
@@ -69,6 +77,17 @@ class FairQueues:
             self._served[name] = max(self._served.get(name, 0.0), min(waiting, default=0.0))
             self._queues[name] = deque()
         return self._queues[name]
+
+
+def _heads(queue: deque[Sequence]) -> Iterator[Sequence]:
+    """The first request of a queue, or of each of the compositions that it begins with."""
+    seen = set()
+    for seq in islice(queue, LOOK_AHEAD):
+        if seq.adapter not in seen:
+            yield seq
+        if seq.request.composition is None:
+            return
+        seen.add(seq.adapter)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:

@@ -151,6 +151,8 @@ class TokenDelta:
         error: what went wrong, with ``finish_reason == "error"``.
         cached_tokens: prompt tokens served from the prefix cache, with the first token.
         queue_seconds: from acceptance to the first step it took part in, with the first token.
+        compose_seconds: what the weighting step of its composition took, with the first token; 0.0 where that was there
+            already, None where there is none.
     """
 
     request_id: str
@@ -162,3 +164,4 @@ class TokenDelta:
     error: str | None = None
     cached_tokens: int = 0
     queue_seconds: float | None = None
+    compose_seconds: float | None = None

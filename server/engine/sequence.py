@@ -12,6 +12,9 @@ from weft.adapters.forms import Prompt
 from weft.server.engine.blocks import activated_key, block_key
 from weft.server.engine.request import EngineRequest, TokenLogprobs
 
+UNNAMED_COMPOSITION = "composition"
+"""Compositions without a name of their own are accounted together: there is no end of weightings."""
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -19,7 +22,8 @@ class Sequence:
 
     Attributes:
         request: what was asked.
-        adapter: identity of the adapter it runs with, which may be a variant of the request's; None: the base.
+        adapter: identity of what it runs with: the request's adapter, a variant of it or a composition; None: the base.
+        parents: the registered adapters which that is made of.
         activation: the first token that the adapter works on.
         tokens: prompt and output so far.
         computed: leading tokens whose keys and values are in the pages.
@@ -53,6 +57,7 @@ class Sequence:
     published: int = 0
     slot: int = -1
     adapter: str | None = None
+    parents: tuple[str, ...] = ()
     activation: int = 0
     active_root: bytes | None = None
     prompt: Prompt | None = None
@@ -112,6 +117,8 @@ class Sequence:
     @property
     def name(self) -> str:
         """Under which its traffic is accounted."""
+        if self.request.composition is not None:
+            return self.request.adapter_name or UNNAMED_COMPOSITION
         return self.request.adapter_name or self.request.adapter or ""
 
     def slots(self, start: int, stop: int) -> list[int]:

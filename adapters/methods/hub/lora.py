@@ -118,7 +118,7 @@ class _Reader:
             return SiteForms(gated=GatedLowRank(form.a, form.b, gate))
         scale = self._alpha / self._rank
         if not self._dora:
-            return SiteForms(LowRank(form.a, scale * form.b))
+            return SiteForms(LowRank(form.a, scale * form.b, scale=None if merged else scale))
         if site.kind != "linear":
             raise AdapterUnsupported(
                 "use_dora is not served on Conv1D, where the library itself fails", param="use_dora"
