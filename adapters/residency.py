@@ -31,9 +31,14 @@ class Residency:
     ``register``, ``unregister`` and ``pin`` may be called from any thread. The rest belongs to the engine's thread. A
     version is held by every live request and in use while rows run; the least recently used ones make room for others,
     but for those that ``pin`` names.
+
+    Args:
+        arrived: set when a load ends; may be shared between the adapters of several models that are polled together.
     """
 
-    def __init__(self, pool: SlotPool, compile_adapter: Compile, *, host_bytes: int) -> None:
+    def __init__(
+        self, pool: SlotPool, compile_adapter: Compile, *, host_bytes: int, arrived: threading.Event | None = None
+    ) -> None:
         self.pool = pool
         self.host_bytes = host_bytes
         self.loads = 0
@@ -49,7 +54,7 @@ class Residency:
         self._doomed: set[str] = set()
         self._uploads: list[Upload] = []
         self._lock = threading.RLock()
-        self._arrived = threading.Event()
+        self._arrived = arrived or threading.Event()
         self._clock = 0
         self._full = False
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="weft-adapter-load")
@@ -181,9 +186,13 @@ class Residency:
             if not entry.holds and version in self._derived:
                 self._unheld.add(version)
 
-    def acquire(self, version: str) -> int | None:
+    def acquire(self, version: str, *, urgent: bool = False) -> int | None:
         """Pin the adapter's slot for a running row; None while it is not on the device (a load is then under way,
-        or waits for room)."""
+        or waits for room).
+
+        Args:
+            urgent: adapters that other waiting requests brought in may make room for it.
+        """
         with self._lock:
             entry = self._entries[version]
             self._clock += 1
@@ -193,16 +202,28 @@ class Residency:
                 entry.pins += 1
                 entry.fresh = False
                 return entry.placement.slot
-            hopeless = self._full and entry.layout is not None
+            hopeless = self._full and entry.layout is not None and not urgent
             if entry.placement is None and entry.error is None and not hopeless:
-                self._start_load(entry)
+                self._start_load(entry, urgent)
             return None
 
-    def release(self, version: str) -> None:
-        """A running row ended or was preempted."""
+    def release(self, version: str, *, used: bool = True) -> None:
+        """Give back a pin: a running row ended or was preempted, or it did not come to run (not ``used``)."""
         with self._lock:
-            self._entries[version].pins -= 1
-            self._full = False
+            entry = self._entries[version]
+            entry.pins -= 1
+            if used:
+                self._full = False
+            else:
+                entry.fresh = True
+
+    def fit_together(self, versions: Iterable[str]) -> bool | None:
+        """Whether adapters can be on the device at the same time; None while one of them is still to be made."""
+        with self._lock:
+            wanted = set(versions)
+            if not self.pool.fit(self._layouts(wanted | self._pinned)):
+                return False
+            return True if all(self._entries[version].layout is not None for version in wanted) else None
 
     def poll(self) -> list[tuple[str, AdapterError]]:
         """Publish what has arrived, forget what is to go, load what is pinned.
@@ -302,13 +323,13 @@ class Residency:
     def close(self) -> None:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
-    def _start_load(self, entry: Entry) -> None:
+    def _start_load(self, entry: Entry, urgent: bool = False) -> None:
         if entry.layout is None:
             if not entry.making:
                 entry.making = True
                 self._loader.submit(self._load, entry, None)
             return
-        placement = self._reserve(entry.layout)
+        placement = self._reserve(entry.layout, urgent=urgent)
         if placement is None:
             return  # every other adapter is in use; tried again when the request is looked at next
         entry.placement = placement
@@ -316,14 +337,14 @@ class Residency:
             self._bring(entry, entry.recipe)
         self._loader.submit(self._load, entry, placement)
 
-    def _reserve(self, layout: Layout, *, held: bool = True) -> Placement | None:
+    def _reserve(self, layout: Layout, *, held: bool = True, urgent: bool = False) -> Placement | None:
         """Room for an adapter, in place of others that nobody uses; None if there is none.
 
         Args:
-            held: those others may be such that live requests wait for.
+            held: those others may be such that live requests wait for. urgent: also such as were loaded for them.
         """
         placement = self.pool.reserve(layout)
-        while placement is None and self._evict(held=held):
+        while placement is None and self._evict(held=held, urgent=urgent):
             placement = self.pool.reserve(layout)
         return placement
 
@@ -437,28 +458,29 @@ class Residency:
             self.pool.check_fits(layout, beside=self._layouts(self._pinned))
             entry.describe(compiled, layout)
 
-    def _evict(self, *, held: bool) -> bool:
+    def _evict(self, *, held: bool, urgent: bool) -> bool:
         """Take the slot of the least recently used adapter that nobody needs now; False if there is none.
 
-        One that was just loaded for waiting requests stays until it was used: otherwise two adapters could evict each
-        other forever.
+        One that was just loaded for waiting requests stays until it was used, but for an urgent one: otherwise two
+        adapters could evict each other forever.
 
         Args:
             held: it may be one that waiting requests need again.
         """
-        idle = self._idle(held=held)
+        idle = self._idle(held=held, urgent=urgent)
         if not idle:
             self._full = held and not self.pool.slots_free
             return False
-        self._vacate(min(idle, key=lambda e: (e.holds > 0, e.used)))
+        self._vacate(min(idle, key=lambda e: (e.fresh and e.holds > 0, e.holds > 0, e.used)))
         self.evictions += 1
         return True
 
-    def _idle(self, *, held: bool) -> list[Entry]:
+    def _idle(self, *, held: bool, urgent: bool = False) -> list[Entry]:
         return [
             e
             for e in self._entries.values()
-            if e.ready and not e.pins and not e.readers and not (e.fresh and e.holds) and e.version not in self._pinned
+            if e.ready and not e.pins and not e.readers and e.version not in self._pinned
+            if urgent or not (e.fresh and e.holds)
             if held or not e.holds
         ]
 

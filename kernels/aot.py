@@ -30,6 +30,7 @@ from weft.kernels.grouped_lora import triton as lora
 from weft.kernels.grouped_rotate import triton as rotate
 from weft.kernels.grouped_sparse import triton as sparse
 from weft.kernels.grouped_turn import triton as turn
+from weft.kernels.logit_mix import triton as mix
 from weft.kernels.mean_gates import triton as mean
 from weft.kernels.paged_attention import triton as attention
 from weft.kernels.routed_lora import triton as routed
@@ -51,6 +52,7 @@ POINTERS = {
     **dict.fromkeys(("inputs", "activations", "bias_table", "up_bias_table"), "*i32"),
     "slot_mapping": "*i64",
     **dict.fromkeys(("links", "bounds", "down_ranks", "up_ranks", "where", "index"), "*i32"),
+    **dict.fromkeys(("starts", "rows", "widths"), "*i32"),
     **dict.fromkeys(("planes", "gates", "scored", "result", "weighed", "lse", "weights"), "*fp32"),
 }
 SCALARS = dict.fromkeys(("score_scale", "softcap_scale", "scale"), "fp32")
@@ -144,6 +146,7 @@ def variants() -> Iterator[Variant]:
         has = {name: name in features for name in ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINKS", "HAS_LSE")}
         label = " ".join(["attention", f"d {width}", *(name[4:].lower() for name in features)])
         yield Variant(f"{label} rows {config['BLOCK_M']}", attention.attention_kernel, dtype, config | has)
+    yield Variant("logit mix", mix.mix_kernel, "fp32", mix.mix_config())
     yield Variant("write_kv 8 x 128", attention.write_kv_kernel, "bf16", attention.write_kv_config(8, 128, 128))
 
 

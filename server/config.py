@@ -22,15 +22,19 @@ class EngineConfig:
         max_num_seqs: rows decoding at once.
         max_num_batched_tokens: tokens in one forward pass.
         block_size: tokens in one page of the KV cache.
-        kv_cache_memory: bytes for the KV cache; None: a share of what is free (see gpu_memory_utilization on a GPU;
-            on a CPU as many as max_num_seqs rows of max_model_len need, at most a quarter of the machine's memory).
+        kv_cache_memory: bytes for the KV caches of all models, which get as many pages each; None: a share of what is
+            free (see gpu_memory_utilization on a GPU; on a CPU as many as max_num_seqs rows of max_model_len need, at
+            most a quarter of the machine's memory).
         gpu_memory_utilization: share of the GPU's memory to use, in (0, 1].
         enable_prefix_caching: share KV blocks of equal identity between requests.
-        adapter_memory: bytes on the device for adapter weights; None: 1 GiB on CPU, a tenth of a GPU's memory.
-        adapter_host_memory: bytes in host memory for adapters that are not on the device.
-        max_adapters: device slots, so the most distinct adapters in one batch.
+        adapter_memory: bytes on the device for the weights of each model's adapters; None: 1 GiB on CPU, a tenth of a
+            GPU's memory for all models.
+        adapter_host_memory: bytes in host memory for each model's adapters that are not on the device.
+        max_adapters: device slots of each model, so the most distinct adapters in one batch.
         max_queued_requests: waiting requests before new ones are refused with 429.
         trust_remote_code: run modelling code from the checkpoint.
+        proxy_models: (name, local folder or hub id) of further frozen models, for logit arithmetic. Device, dtype,
+            quantization and limits are as for the main one; ``revision`` is the main one's alone.
     """
 
     model: str
@@ -50,6 +54,7 @@ class EngineConfig:
     max_queued_requests: int = 1024
     trust_remote_code: bool = False
     revision: str | None = None
+    proxy_models: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         _choice("device", self.device, ("auto", "cpu", "cuda"))
@@ -64,6 +69,9 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be positive, got {value}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        names = [name for name, _ in self.proxy_models]
+        if not all(name and path for name, path in self.proxy_models) or len(set(names)) < len(names):
+            raise ConfigError(f"proxy_models must be pairs of distinct names and models, got {self.proxy_models}")
 
 
 def check_quantization(value: str) -> None:

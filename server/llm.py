@@ -11,6 +11,7 @@ from typing import Any
 from weft.adapters.composition import Combination, Composition, Member
 from weft.adapters.store import digest
 from weft.server.config import EngineConfig
+from weft.server.engine.arithmetic import LogitArithmetic
 from weft.server.engine.engine import Engine
 from weft.server.engine.info import AdapterInfo, ModelInfo
 from weft.server.engine.request import EngineRequest, SamplingParams, TokenDelta, TokenLogprobs
@@ -74,6 +75,8 @@ class LLM:
     Args:
         model: local folder or hub id of a Hugging Face causal LM.
         adapters: folders of adapters as ``peft`` or AdapterHub saved them, by the id they go under.
+        proxy_models: folders or hub ids of further frozen models, by name, for logit arithmetic.
+        proxy_adapters: the adapters of each of them, likewise.
         settings: fields of ``EngineConfig``, e.g. ``dtype="float32"``, ``max_num_seqs=32``.
 
     Raises:
@@ -81,50 +84,74 @@ class LLM:
         AdapterError: an adapter cannot be served, and why.
     """
 
-    def __init__(self, model: str, adapters: Mapping[str, str | Path] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        adapters: Mapping[str, str | Path] | None = None,
+        *,
+        proxy_models: Mapping[str, str | Path] | None = None,
+        proxy_adapters: Mapping[str, Mapping[str, str | Path]] | None = None,
+        **settings: Any,
+    ) -> None:
+        further = tuple((name, str(path)) for name, path in (proxy_models or {}).items())
         # All prompts of a call are queued at once, and the caller waits: there is nobody to turn away.
-        config = EngineConfig(model=str(model), **{"max_queued_requests": sys.maxsize, **settings})
+        config = EngineConfig(
+            model=str(model), proxy_models=further, **{"max_queued_requests": sys.maxsize, **settings}
+        )
         self.engine = Engine(config)
         self.tokenizer = Tokenizer.load(config.model, trust_remote_code=config.trust_remote_code)
-        self._versions: dict[str, str] = {}
+        self._versions: dict[str | None, dict[str, str]] = {name: {} for name in self.engine.models}
         self._serial = 0
         for name, source in (adapters or {}).items():
             self.load_adapter(name, source)
+        for proxy_name, sources in (proxy_adapters or {}).items():
+            for name, source in sources.items():
+                self.load_adapter(name, source, model=proxy_name)
 
     @property
     def info(self) -> ModelInfo:
         """What is being served."""
         return self.engine.info
 
-    def load_adapter(self, name: str, source: str | Path) -> AdapterInfo:
+    def load_adapter(self, name: str, source: str | Path, *, model: str | None = None) -> AdapterInfo:
         """Load an adapter, or put another one in the place of ``name``.
 
+        Args:
+            model: name of the further model it is for; None: the main one.
+
         Raises:
-            AdapterError: it cannot be served, and why.
+            AdapterError: it cannot be served, and why. NotFound: there is no such model.
         """
         folder = Path(source)
         version = digest(folder)
-        info = self.engine.register_adapter(version, folder)
-        old = self._versions.get(name)
-        self._versions[name] = version
+        info = self.engine.register_adapter(version, folder, model)
+        old = self._versions[model].get(name)
+        self._versions[model][name] = version
         if old is not None:
-            self._forget(old)
+            self._forget(old, model)
         return info
 
-    def unload_adapter(self, name: str) -> None:
+    def unload_adapter(self, name: str, *, model: str | None = None) -> None:
         """Forget an adapter and free its memory.
 
         Raises:
             NotFound: there is none of that name.
         """
-        if name not in self._versions:
-            raise NotFound(f"there is no adapter {name!r}", param="adapter")
-        self._forget(self._versions.pop(name))
+        version = self._version(name, model)
+        del self._versions[model][name]
+        self._forget(version, model)
 
-    def _forget(self, version: str) -> None:
-        if version not in self._versions.values():
-            self.engine.unregister_adapter(version)
+    def _forget(self, version: str, model: str | None) -> None:
+        if version not in self._versions[model].values():
+            self.engine.unregister_adapter(version, model)
             self.engine.poll()
+
+    def _version(self, name: str, model: str | None = None) -> str:
+        """The version that an adapter's id stands for."""
+        if name not in self._versions.get(model, {}):
+            of = "" if model is None else f" of the model {model!r}"
+            raise NotFound(f"there is no adapter {name!r}{of}", param="adapter")
+        return self._versions[model][name]
 
     def generate(
         self,
@@ -135,6 +162,7 @@ class LLM:
         combination: Combination | Sequence[Combination] = "linear",
         task_id: int | Sequence[int | None] | None = None,
         lora_rank: int | Sequence[int | None] | None = None,
+        arithmetic: LogitArithmetic | Sequence[LogitArithmetic | None] | None = None,
         n: int = 1,
     ) -> list[RequestOutput]:
         """Generate for all prompts together, in mixed batches.
@@ -147,6 +175,7 @@ class LLM:
             combination: how compositions are made, for all prompts or one per prompt: ``"linear"``, Σ w ΔW, or
                 ``"lorahub"``, (Σ w B)(Σ w A).
             task_id, lora_rank: likewise, for adapters that let requests choose (``AdapterInfo.choices``).
+            arithmetic: likewise; its terms name adapters by id (see ``arithmetic.proxy`` for proxy-tuning).
             n: continuations per prompt; with a seed, the i-th uses ``seed + i``.
 
         Raises:
@@ -157,14 +186,16 @@ class LLM:
         names = _one_each("adapter", adapter, len(batch))
         combinations = _one_each("combination", combination, len(batch))
         choices = _choices(len(batch), task_id=task_id, lora_rank=lora_rank)
+        sums = _one_each("arithmetic", arithmetic, len(batch))
         ids = [self._encode(prompt) for prompt in batch]
         streams: list[_Stream] = []
         try:
-            for prompt_ids, prompt_params, name, how, chosen in zip(
-                ids, all_params, names, combinations, choices, strict=True
+            for prompt_ids, prompt_params, name, how, chosen, each in zip(
+                ids, all_params, names, combinations, choices, sums, strict=True
             ):
+                runs = self._runs(name, how) | self._sum(each)
                 for index in range(n):
-                    streams.append(self._start(prompt_ids, prompt_params, self._runs(name, how), chosen, index))
+                    streams.append(self._start(prompt_ids, prompt_params, runs, chosen, index))
             self._run(streams)
         except BaseException:
             self._abandon(streams)
@@ -183,13 +214,24 @@ class LLM:
         """The fields of a request that say what it runs with."""
         if name is None:
             return {}
-        for each in [name] if isinstance(name, str) else name:
-            if each not in self._versions:
-                raise NotFound(f"there is no adapter {each!r}", param="adapter")
         if isinstance(name, str):
-            return {"adapter": self._versions[name], "adapter_name": name}
-        members = tuple(Member(self._versions[each], weight) for each, weight in name.items())
+            return {"adapter": self._version(name), "adapter_name": name}
+        members = tuple(Member(self._version(each), weight) for each, weight in name.items())
         return {"composition": Composition(members, combination)}
+
+    def _sum(self, arithmetic: LogitArithmetic | None) -> dict[str, Any]:
+        """The same with the versions that its adapters' ids stand for, as a field of a request."""
+        if arithmetic is None:
+            return {}
+        terms = []
+        for term in arithmetic.terms:
+            if term.composition is not None:
+                members = (replace(m, version=self._version(m.version, term.model)) for m in term.composition.members)
+                term = replace(term, composition=replace(term.composition, members=tuple(members)))
+            if term.adapter is not None:
+                term = replace(term, adapter=self._version(term.adapter, term.model), adapter_name=term.adapter)
+            terms.append(term)
+        return {"arithmetic": replace(arithmetic, terms=tuple(terms))}
 
     def _start(
         self, ids: list[int], params: SamplingParams, runs: dict[str, Any], choices: dict[str, int], index: int
@@ -211,7 +253,7 @@ class LLM:
         while self.engine.has_work:
             deltas = self.engine.step()
             if not deltas:
-                self.engine.adapters.wait(0.05)
+                self.engine.wait(0.05)
             for delta in deltas:
                 stream = by_id.get(delta.request_id)
                 if stream is not None and stream.finish_reason is None:

@@ -74,7 +74,7 @@ class OfflineTarget:
                     running.pop(delta.request_id).error = delta.error
             stats = self.engine.stats()
             if stats.steps == steps:
-                self.engine.adapters.wait(0.01)
+                self.engine.wait(0.01)
             else:
                 distinct.append(stats.step_adapters)
             steps = stats.steps

@@ -42,3 +42,21 @@ class LogitArithmetic:
     terms: tuple[Term, ...]
     weight: float = 1.0
     top_p: float | None = None
+
+
+def proxy(
+    expert: tuple[str | None, str | None],
+    anti_expert: tuple[str | None, str | None],
+    *,
+    alpha: float = 1.0,
+    top_p: float | None = None,
+) -> LogitArithmetic:
+    """Proxy-tuning, and with ``top_p`` DExperts: s = s_own + alpha · (s_expert - s_anti_expert).
+
+    Args:
+        expert, anti_expert: (model, adapter); None is the main model, or no adapter.
+    """
+    sides = ((alpha, expert), (-alpha, anti_expert))
+    return LogitArithmetic(
+        tuple(Term(weight, model, adapter, adapter) for weight, (model, adapter) in sides), top_p=top_p
+    )

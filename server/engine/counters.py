@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from weft.adapters.residency import Residency
 from weft.server.engine.batch import Batch
-from weft.server.engine.info import AdapterStats, EngineStats
-from weft.server.engine.scheduler import Scheduler
+from weft.server.engine.info import AdapterStats, EngineStats, ModelStats
+from weft.server.engine.scheduler import Lane, Scheduler
 from weft.server.engine.sequence import UNNAMED_COMPOSITION, Sequence
 
 
@@ -31,28 +33,34 @@ class Counters:
         """A token was generated."""
         self._of(seq)["generation_tokens"] += 1
 
-    def stepped(self, batch: Batch) -> None:
-        """A forward pass ran."""
+    def stepped(self, batches: Iterable[Batch]) -> None:
+        """A step ran: a forward pass of every model that had rows."""
+        batches = list(batches)
         self._steps += 1
-        self._step_adapters = batch.num_adapters
-        self._max_step_adapters = max(self._max_step_adapters, batch.num_adapters)
-        self._batch_tokens += batch.attention.num_tokens
+        self._step_adapters = sum(batch.num_adapters for batch in batches)
+        self._max_step_adapters = max(self._max_step_adapters, self._step_adapters)
+        self._batch_tokens += sum(batch.attention.num_tokens for batch in batches)
 
-    def snapshot(self, scheduler: Scheduler, adapters: Residency) -> EngineStats:
-        """Everything there is to know at this moment."""
+    def snapshot(
+        self, scheduler: Scheduler, adapters: Residency, further: Mapping[str, Residency] = MappingProxyType({})
+    ) -> EngineStats:
+        """Everything there is to know at this moment.
+
+        Args:
+            adapters: of the main model. further: of the others by name, in the order of the scheduler's lanes.
+        """
         self._forget_names(scheduler, adapters)
         running = Counter(seq.name for seq in scheduler.running)
         waiting = scheduler.waiting.counts()
-        blocks, pool = scheduler.blocks, adapters.pool
+        everywhere = zip(scheduler.lanes, [adapters, *further.values()], strict=True)
+        main, *others = [_of_model(lane, its_adapters) for lane, its_adapters in everywhere]
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            blocks_used=blocks.num_blocks - blocks.num_free,
-            blocks_total=blocks.num_blocks,
             steps=self._steps,
             step_adapters=self._step_adapters,
             max_step_adapters=self._max_step_adapters,
-            adapter_prompt_tokens=scheduler.prompts.tokens_computed,
+            adapter_prompt_tokens=sum(lane.prompts.tokens_computed for lane in scheduler.lanes),
             batch_tokens=self._batch_tokens,
             preemptions=scheduler.preemptions,
             prefix_cache_queries=scheduler.cache_queries,
@@ -61,16 +69,8 @@ class Counters:
                 name: AdapterStats(running[name], waiting.get(name, 0), **self._tokens.get(name, Counter()))
                 for name in {*self._tokens, *running, *waiting}
             },
-            tiers=adapters.tiers(),
-            refcounts=adapters.holds(),
-            slots_used=pool.slots_used,
-            slots_total=pool.num_slots,
-            device_bytes=pool.nbytes_used,
-            device_bytes_total=pool.nbytes_total,
-            host_bytes=adapters.host_bytes_used,
-            loads=adapters.loads,
-            load_seconds_sum=adapters.load_seconds,
-            evictions=adapters.evictions,
+            proxies=dict(zip(further, others, strict=True)),
+            **{name: value for name, value in vars(main).items() if name != "running"},
             compositions=adapters.compositions,
             composition_seconds_sum=adapters.composition_seconds,
             composition_hits=self.composition_hits,
@@ -85,3 +85,22 @@ class Counters:
             del self._versions[name]
             self._tokens.pop(name, None)
             scheduler.waiting.forget(name)
+
+
+def _of_model(lane: Lane, adapters: Residency) -> ModelStats:
+    blocks, pool = lane.blocks, adapters.pool
+    return ModelStats(
+        running=lane.rows,
+        blocks_used=blocks.num_blocks - blocks.num_free,
+        blocks_total=blocks.num_blocks,
+        tiers=adapters.tiers(),
+        refcounts=adapters.holds(),
+        slots_used=pool.slots_used,
+        slots_total=pool.num_slots,
+        device_bytes=pool.nbytes_used,
+        device_bytes_total=pool.nbytes_total,
+        host_bytes=adapters.host_bytes_used,
+        loads=adapters.loads,
+        load_seconds_sum=adapters.load_seconds,
+        evictions=adapters.evictions,
+    )

@@ -16,6 +16,7 @@ class ModelInfo:
         eos_token_ids: any of them ends a request, unless ``ignore_eos``.
         num_blocks, block_size: the KV cache, in pages and tokens per page.
         load_seconds: from the start of loading to ready.
+        proxies: the further frozen models, by name.
     """
 
     model: str
@@ -33,6 +34,7 @@ class ModelInfo:
     max_num_seqs: int
     max_adapters: int
     load_seconds: float
+    proxies: dict[str, ModelInfo] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,34 @@ class AdapterStats:
 
 
 @dataclass(frozen=True)
+class ModelStats:
+    """Of one model what there is of every model. Counters and gauges as in ``EngineStats``.
+
+    Attributes:
+        running: rows; requests with logit arithmetic have several.
+    """
+
+    running: int = 0
+    blocks_used: int = 0
+    blocks_total: int = 0
+    tiers: dict[str, str] = field(default_factory=dict)
+    refcounts: dict[str, int] = field(default_factory=dict)
+    slots_used: int = 0
+    slots_total: int = 0
+    device_bytes: int = 0
+    device_bytes_total: int = 0
+    host_bytes: int = 0
+    loads: int = 0
+    load_seconds_sum: float = 0.0
+    evictions: int = 0
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """A snapshot. Counters count from the engine's start and never fall; the rest are gauges.
+
+    Pages, slots and adapter memory are the main model's; requests, steps, tokens and preemptions are counted once for
+    all models.
 
     Attributes:
         step_adapters: distinct adapters (the base not counted) in the last forward pass.
@@ -88,6 +116,7 @@ class EngineStats:
         device_bytes, host_bytes: adapter memory in use per tier.
         steps, batch_tokens: forward passes, and tokens that went through them (counters).
         load_seconds_sum, loads: transfers to the device.
+        proxies: of the further models, by name.
         compositions, composition_seconds_sum: weighting steps. composition_hits: requests that found theirs made.
     """
 
@@ -117,3 +146,4 @@ class EngineStats:
     compositions: int = 0
     composition_seconds_sum: float = 0.0
     composition_hits: int = 0
+    proxies: dict[str, ModelStats] = field(default_factory=dict)

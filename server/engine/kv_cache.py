@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,20 +38,26 @@ def bytes_per_block(shapes: list[tuple[int, int, int]], block_size: int, dtype: 
     return sum(heads * (d_k + d_v) for heads, d_k, d_v in shapes) * block_size * dtype.itemsize
 
 
-def count_blocks(config: EngineConfig, block_bytes: int, max_model_len: int, device: torch.device) -> int:
+def count_blocks(
+    config: EngineConfig, block_bytes: Sequence[int], max_model_lens: Sequence[int], device: torch.device
+) -> list[int]:
     """How many pages the configuration pays for: never more than ``max_num_seqs`` rows of full length need.
+
+    Several models get the same number of pages each, since streams that go in step need as many of each model.
+
+    Args:
+        block_bytes, max_model_lens: of every model.
 
     Raises:
         ConfigError: not even one page fits.
     """
-    wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
     budget = config.kv_cache_memory
     if budget is None:
         budget = _free_memory(config, device)
-    blocks = min(wanted, budget // block_bytes)
+    blocks = budget // sum(block_bytes)
     if blocks < 1:
-        raise ConfigError(f"kv_cache_memory of {budget} bytes does not hold one page of {block_bytes} bytes")
-    return blocks
+        raise ConfigError(f"kv_cache_memory of {budget} bytes does not hold one page of {sum(block_bytes)} bytes")
+    return [min(blocks, config.max_num_seqs * -(-length // config.block_size)) for length in max_model_lens]
 
 
 def _free_memory(config: EngineConfig, device: torch.device) -> int:

@@ -38,23 +38,30 @@ class PromptPages:
 
     A prompt stands in front of everything and attention is causal, so its keys and values do not depend on the
     request. Prompts nobody uses stay until their pages are needed.
+
+    Args:
+        lane: which model they are for, as the scheduler counts them.
     """
 
-    def __init__(self, blocks: BlockPool, block_size: int) -> None:
+    def __init__(self, blocks: BlockPool, block_size: int, lane: int = 0) -> None:
         self._blocks = blocks
         self._block_size = block_size
+        self._lane = lane
         self._entries: dict[str, _Entry] = {}
         self._clock = 0
         self.tokens_computed = 0
 
-    def acquire(self, version: str, prompt: Prompt) -> list[int] | None:
+    def acquire(self, version: str, prompt: Prompt, *, urgent: bool = True) -> list[int] | None:
         """The pages of an adapter's prompt for one more running row; None while they are not computed.
 
         The last page is not full if the prompt's length is no multiple of the page size.
+
+        Args:
+            urgent: prompts that nobody uses may make room for this one.
         """
         entry = self._entries.get(version)
         if entry is None:
-            self._start(version, prompt)
+            self._start(version, prompt, urgent)
             return None
         if not entry.ready:
             return None
@@ -67,9 +74,9 @@ class PromptPages:
         """One running row less."""
         self._entries[version].users -= 1
 
-    def _start(self, version: str, prompt: Prompt) -> None:
+    def _start(self, version: str, prompt: Prompt, urgent: bool) -> None:
         blocks = self._blocks.allocate(-(-prompt.length // self._block_size))
-        while blocks is None and self.evict():
+        while blocks is None and urgent and self.evict():
             blocks = self._blocks.allocate(-(-prompt.length // self._block_size))
         if blocks is None:
             return  # tried again when the request is looked at next
@@ -77,6 +84,7 @@ class PromptPages:
         if isinstance(prompt, SoftPrompt):
             request = EngineRequest(f"prompt of {version}", [0] * prompt.length, SamplingParams(max_tokens=1))
             entry.maker = Sequence.start(request, b"", prompt.length)
+            entry.maker.lane = self._lane
             entry.maker.embeddings = prompt.embeddings
             entry.maker.blocks = blocks
         self._entries[version] = entry

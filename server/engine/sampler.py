@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from weft.server.engine.batch import Batch, Wanted
+from weft.server.engine.batch import Wanted
+from weft.server.engine.mixing import Pass
 from weft.server.engine.request import SamplingParams, TokenLogprobs
 from weft.server.engine.sequence import Sequence
 
@@ -34,26 +35,19 @@ class Sampler:
         self._eos = eos_token_ids
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, batch: Batch) -> list[Sample]:
-        """The next token of every row of the batch that samples; prompt log-probabilities go to their sequences.
+    def sample(self, rows: torch.Tensor, seqs: list[Sequence], peaks: torch.Tensor | None = None) -> list[Sample]:
+        """The next token of every sequence.
 
         Args:
-            logits: float32 ``[N, vocab]``, as ``batch.wanted`` says.
+            rows: float32 logits ``[len(seqs), vocab]``.
+            peaks: ``[len(seqs)]``, not finite where what the logits were made of is no number; None: they tell.
         """
-        for want in batch.wanted:
-            if want.row.seq.prompt_logprobs is not None:
-                _fill_prompt_logprobs(logits, want)
-        last = [want for want in batch.wanted if want.row.samples]
-        if not last:
-            return []
-        seqs = [want.row.seq for want in last]
-        rows = logits
-        if len(last) != logits.shape[0]:
-            rows = logits[torch.tensor([want.first + want.count - 1 for want in last], device=logits.device)]
         adjusted = self._adjust(rows, seqs)
         tokens = _choose(adjusted, seqs)
         # One transfer for the whole batch: the tokens, and whether their logits were numbers.
         best = rows.amax(dim=-1)
+        if peaks is not None:
+            best = best + peaks
         packed = torch.stack([tokens.double(), best.double()]).tolist()
         reports = _logprobs(rows, seqs, tokens)
         return [
@@ -188,9 +182,22 @@ def _report(logits: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> li
         tokens.tolist(), chosen.squeeze(1).tolist(), ranks.tolist(), ids.tolist(), values.tolist(), counts, strict=True
     )
     return [
-        TokenLogprobs(token, logprob, rank, list(zip(top_ids[:count], top[:count], strict=True)))
+        TokenLogprobs(token, logprob, rank, _possible(top_ids[:count], top[:count]))
         for token, logprob, rank, top_ids, top, count in table
     ]
+
+
+def _possible(ids: list[int], logprobs: list[float]) -> list[tuple[int, float]]:
+    """What cannot come at all is not among the most likely tokens."""
+    return [(token, logprob) for token, logprob in zip(ids, logprobs, strict=True) if logprob > -math.inf]
+
+
+@torch.inference_mode()
+def fill_prompt_logprobs(each: Pass) -> None:
+    """Give sequences that ask for it the log-probabilities of the prompt tokens of a pass."""
+    for want in each.batch.wanted:
+        if want.row.seq.prompt_logprobs is not None:
+            _fill_prompt_logprobs(each.logits, want)
 
 
 def _fill_prompt_logprobs(logits: torch.Tensor, want: Wanted) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,11 +19,15 @@ from weft.server.engine.sequence import Sequence
 class Slots(Protocol):
     """Where adapters live on the device, as far as scheduling is concerned."""
 
-    def acquire(self, version: str) -> int | None:
-        """Pin the adapter's slot and return it, or None while it is not on the device (a load is then under way)."""
+    def acquire(self, version: str, *, urgent: bool = False) -> int | None:
+        """Pin the adapter's slot and return it, or None while it is not on the device (a load is then under way).
 
-    def release(self, version: str) -> None:
-        """Give back one pin."""
+        Args:
+            urgent: it is for the first in line, to whom adapters make room that nobody uses but others wait for.
+        """
+
+    def release(self, version: str, *, used: bool = True) -> None:
+        """Give back one pin; of an adapter that is still waited for, if it was not ``used``."""
 
     def prompt(self, version: str) -> Prompt | None:
         """What an adapter that is on the device puts in front of every prompt."""
@@ -48,18 +52,43 @@ class Row:
         return self.stop == len(self.seq.tokens) and self.seq.embeddings is None
 
 
+@dataclass
+class Lane:
+    """What the rows of one model share.
+
+    Attributes:
+        rows: that are running.
+    """
+
+    blocks: BlockPool
+    slots: Slots
+    prompts: PromptPages
+    rows: int = 0
+
+
 class Scheduler:
     """Queues, running rows and their pages.
 
     Invariants: a sequence is waiting or running, never both; a waiting one holds no pages and no slot pin; running
     ones are in the order of their admission, so the last one is the first to be preempted.
+
+    The streams of a request are admitted, preempted and ended together, in all lanes, so requests cannot wait for each
+    other in a circle. A waiting one holds nothing, and the first in line takes precedence over all that wait: what was
+    loaded for others makes room for it, not the other way round. A running one lacks nothing but pages, which it takes
+    from the youngest that has some in that lane. The oldest is never preempted for another, and it fits into empty
+    lanes, which the engine checks. So the oldest ends, and after it the next.
+
+    Args:
+        lanes: pages and slots of every model, the main one first. Each lane has ``max_num_seqs`` rows and
+            ``max_num_batched_tokens`` tokens in a step.
     """
 
-    def __init__(self, config: EngineConfig, blocks: BlockPool, slots: Slots) -> None:
+    def __init__(self, config: EngineConfig, lanes: Iterable[tuple[BlockPool, Slots]]) -> None:
         self.config = config
-        self.blocks = blocks
-        self.slots = slots
-        self.prompts = PromptPages(blocks, config.block_size)
+        self.lanes = [
+            Lane(blocks, slots, PromptPages(blocks, config.block_size, index))
+            for index, (blocks, slots) in enumerate(lanes)
+        ]
         self.waiting = FairQueues()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -75,120 +104,177 @@ class Scheduler:
         self.waiting.push(seq)
 
     def schedule(self) -> list[Row]:
-        """The rows of the next step, decoding ones first. Their pages are allocated.
+        """The rows of the next step of every lane, decoding ones first. Their pages are allocated.
 
-        A prompt that is computed whole and found too little budget left has what it takes reserved in the next step,
-        in which decoding rows may have to pause; never in two steps in a row.
+        A request whose prompts are computed whole and that found too little budget left has what it takes reserved in
+        the next step, in which decoding rows may have to pause; never in two steps in a row.
         """
         held, self._held = self._held, None
-        budget = self.config.max_num_batched_tokens - (held.prompt_len if held else 0)
+        reserved = [_whole_tokens(held, index) if held else 0 for index in range(len(self.lanes))]
+        budget = [self.config.max_num_batched_tokens - tokens for tokens in reserved]
         preemptions = self.preemptions
-        decoding = [seq for seq in self.running if seq.remaining == 1]
-        rows = self._extend(decoding, budget)
-        budget -= len(rows)
-        prefilling = [*self.prompts.makers(), *(seq for seq in self.running if seq.remaining > 1)]
-        rows += self._extend(prefilling, budget)
+        streams = [stream for seq in self.running for stream in seq.streams]
+        rows = self._extend([seq for seq in streams if seq.remaining == 1], budget)
+        makers = [maker for lane in self.lanes for maker in lane.prompts.makers()]
+        rows += self._extend([*makers, *(seq for seq in streams if seq.remaining > 1)], budget)
         # Whoever was preempted for the sake of another must not run.
         rows = [row for row in rows if row.seq.blocks]
         if self.preemptions == preemptions:  # pages are short otherwise, and admitting would preempt again
-            rows += self._admit(self.config.max_num_batched_tokens - sum(row.stop - row.start for row in rows), held)
+            rows += self._admit([left + tokens for left, tokens in zip(budget, reserved, strict=True)], held)
         for row in rows:
             if row.seq.embeddings is None:
-                self.waiting.charge(row.seq.name, row.stop - row.start)
+                self.waiting.charge(row.seq.owner.name, row.stop - row.start)
         return rows
 
-    def _extend(self, seqs: list[Sequence], budget: int) -> list[Row]:
-        """Rows for running sequences, oldest first, preempting the youngest when pages run out."""
+    def _extend(self, seqs: list[Sequence], budget: list[int]) -> list[Row]:
+        """Rows for running sequences, oldest first, preempting the youngest when pages run out.
+
+        Args:
+            budget: tokens that each lane has left; what the rows take is taken off.
+        """
         rows: list[Row] = []
         for seq in seqs:
-            count = min(seq.remaining, budget)
+            count = min(seq.remaining, budget[seq.lane])
             if count == 0 or not seq.blocks:  # no budget left, or preempted for an older one
                 continue
             while not self._reserve(seq, seq.computed + count):
-                victim = self.running[-1]
+                victim = next(other for other in reversed(self.running) if self._rows_of(other, seq.lane))
                 self.preempt(victim)
-                if victim is seq:
+                if victim is seq.owner:
                     break
             else:
                 rows.append(Row(seq, seq.computed, seq.computed + count))
-                budget -= count
+                budget[seq.lane] -= count
         return rows
 
-    def _admit(self, budget: int, held: Sequence | None) -> list[Row]:
+    def _admit(self, budget: list[int], held: Sequence | None) -> list[Row]:
         """Rows for waiting sequences, ``held`` first, while there are budget, rows, pages and slots."""
         rows: list[Row] = []
         first = held
-        while budget > 0 and len(self.running) < self.config.max_num_seqs:
+        while budget[0] > 0 and self.lanes[0].rows < self.config.max_num_seqs:
             seq = self._next(first)
             if seq is None:
                 break
             cached = self._cached_blocks(seq)
-            while not (room := self._has_room(seq, cached)) and self.prompts.evict():
+            while (short := self._short_of_pages(seq, cached)) and any(lane.prompts.evict() for lane in short):
                 cached = self._cached_blocks(seq)
-            if room and seq.whole_prompt and seq.prompt_len > budget:
+            room = not short and not self._short_of_rows(seq)
+            if room and any(_whole_tokens(seq, index) > left for index, left in enumerate(budget)):
                 room, self._held = False, None if held else seq
             if not room:
-                self._release_slot(seq)
+                self._release_slots(seq, used=False)
                 break
             first = None
             self.waiting.remove(seq)
             self.running.append(seq)
-            self._reuse(seq, cached)
+            for stream, blocks in zip(seq.streams, cached, strict=True):
+                self.lanes[stream.lane].rows += 1
+                self._reuse(stream, blocks)
+            rows += self._begin(seq, budget)
+        return rows
+
+    def _begin(self, seq: Sequence, budget: list[int]) -> list[Row]:
+        """The first rows of a request's streams; a follower gets none yet where its lane has no budget left."""
+        rows = []
+        # Prompts that cannot be cut come first, so that the others do not take what they need.
+        for stream in sorted(seq.streams, key=lambda stream: not stream.whole_prompt):
             # The whole prompt at once, though it may be computed in chunks: whoever is admitted can be computed.
-            reserved = self._reserve(seq, len(seq.tokens))
+            reserved = self._reserve(stream, len(stream.tokens))
             assert reserved, "admission checked that the pages are there"
-            count = min(seq.remaining, budget)
-            rows.append(Row(seq, seq.computed, seq.computed + count))
-            budget -= count
+            count = min(stream.remaining, budget[stream.lane])
+            if count:
+                rows.append(Row(stream, stream.computed, stream.computed + count))
+                budget[stream.lane] -= count
         return rows
 
     def _next(self, only: Sequence | None) -> Sequence | None:
-        """Whom to admit next, its slot acquired; no one but ``only``, if it is given."""
-        return self.waiting.next(lambda seq: only in (None, seq) and self._acquire_slot(seq))
+        """The request to admit next, with slots for all its streams; no one but ``only``, if it is given.
 
-    def _acquire_slot(self, seq: Sequence) -> bool:
-        version = seq.adapter
+        The first in line is served urgently.
+        """
+        looked_at: list[Sequence] = []
+
+        def acquire(seq: Sequence) -> bool:
+            if only not in (None, seq):
+                return False
+            looked_at.append(seq)
+            # All of them, also after one that is not there: what is missing gets under way.
+            acquired = [self._acquire_slot(stream, urgent=len(looked_at) == 1) for stream in seq.streams]
+            if not all(acquired):
+                self._release_slots(seq, used=False)
+            return all(acquired)
+
+        return self.waiting.next(acquire)
+
+    def _acquire_slot(self, seq: Sequence, *, urgent: bool) -> bool:
+        version, lane = seq.adapter, self.lanes[seq.lane]
         if version is not None:
-            slot = self.slots.acquire(version)
+            slot = lane.slots.acquire(version, urgent=urgent)
             if slot is None:
                 return False
-            seq.prompt = self.slots.prompt(version)
+            seq.prompt = lane.slots.prompt(version)
             if seq.prompt is not None:
-                blocks = self.prompts.acquire(version, seq.prompt)
+                blocks = lane.prompts.acquire(version, seq.prompt, urgent=urgent)
                 if blocks is None:
-                    self.slots.release(version)
+                    lane.slots.release(version, used=False)
                     return False
                 seq.prompt_blocks = blocks
             seq.slot = slot
         return True
 
-    def _release_slot(self, seq: Sequence) -> None:
-        if seq.adapter is not None and seq.slot >= 0:
-            self.slots.release(seq.adapter)
-            if seq.prompt is not None:
-                self.prompts.release(seq.adapter)
-        seq.slot = -1
-        seq.prompt_blocks = []
+    def _release_slots(self, seq: Sequence, *, used: bool) -> None:
+        """Of all streams of a request that have one."""
+        for stream in seq.streams:
+            if stream.adapter is not None and stream.slot >= 0:
+                lane = self.lanes[stream.lane]
+                lane.slots.release(stream.adapter, used=used)
+                if stream.prompt is not None:
+                    lane.prompts.release(stream.adapter)
+            stream.slot = -1
+            stream.prompt_blocks = []
 
-    def _cached_blocks(self, seq: Sequence) -> list[int]:
-        """Pages already computed for a prefix of the tokens; at least one token is left to compute."""
-        if not self.config.enable_prefix_caching or seq.whole_prompt or seq.request.params.prompt_logprobs is not None:
-            return []
-        return self.blocks.lookup(seq.full_block_keys(self.config.block_size, len(seq.tokens) - 1))
+    def _rows_of(self, seq: Sequence, lane: int) -> int:
+        """Streams of a request that run in a lane."""
+        return sum(stream.lane == lane for stream in seq.streams)
 
-    def _has_room(self, seq: Sequence, cached: list[int]) -> bool:
-        """Whether all known tokens and one more fit; a watermark against admitting only to preempt again."""
-        free_after_share = self.blocks.num_free - sum(self.blocks.is_free(block) for block in cached)
-        watermark = len(self.running)  # every running row may need a page in this very step
-        shared = seq.offset // self.config.block_size
-        needed = seq.pages(self.config.block_size, len(seq.tokens) + 1) - shared - len(cached)
-        return needed + (watermark if self.running else 0) <= free_after_share
+    def _short_of_rows(self, seq: Sequence) -> bool:
+        """Whether some lane has too many rows already."""
+        limit = self.config.max_num_seqs
+        return any(self._rows_of(seq, i) + self.lanes[i].rows > limit for i in {stream.lane for stream in seq.streams})
+
+    def _cached_blocks(self, seq: Sequence) -> list[list[int]]:
+        """Of each stream, pages already computed for a prefix of its tokens; at least one token is left to compute."""
+        if not self.config.enable_prefix_caching or seq.request.params.prompt_logprobs is not None:
+            return [[] for _ in seq.streams]
+        return [
+            []
+            if stream.whole_prompt
+            else self.lanes[stream.lane].blocks.lookup(
+                stream.full_block_keys(self.config.block_size, len(stream.tokens) - 1)
+            )
+            for stream in seq.streams
+        ]
+
+    def _short_of_pages(self, seq: Sequence, cached: list[list[int]]) -> list[Lane]:
+        """Lanes where all known tokens and one more do not fit; a watermark against admitting only to preempt again."""
+        short = []
+        size = self.config.block_size
+        for index in {stream.lane for stream in seq.streams}:
+            lane, needed, taken = self.lanes[index], 0, set[int]()
+            for stream, found in zip(seq.streams, cached, strict=True):
+                if stream.lane == index:
+                    needed += stream.pages(size, len(stream.tokens) + 1) - stream.offset // size - len(found)
+                    taken.update(block for block in found if lane.blocks.is_free(block))
+            # Every running row may need a page in this very step.
+            if needed + lane.rows > lane.blocks.num_free - len(taken):
+                short.append(lane)
+        return short
 
     def _reuse(self, seq: Sequence, cached: list[int]) -> None:
         """Begin with the pages that are there: of the adapter's prompt, then of a cached prefix of the tokens."""
         size = self.config.block_size
         shared = seq.prompt_blocks[: seq.offset // size]
-        self.blocks.share(shared + cached)
+        self.lanes[seq.lane].blocks.share(shared + cached)
         seq.blocks = shared + cached
         seq.published = len(cached)
         seq.computed = len(seq.blocks) * size - seq.offset if cached else 0
@@ -203,9 +289,10 @@ class Scheduler:
         missing = seq.pages(self.config.block_size, tokens) - len(seq.blocks)
         if missing <= 0:
             return True
-        blocks = self.blocks.allocate(missing)
-        while blocks is None and self.prompts.evict():
-            blocks = self.blocks.allocate(missing)
+        lane = self.lanes[seq.lane]
+        blocks = lane.blocks.allocate(missing)
+        while blocks is None and lane.prompts.evict():
+            blocks = lane.blocks.allocate(missing)
         if blocks is None:
             return False
         shared, tail = divmod(seq.offset, self.config.block_size)
@@ -216,26 +303,26 @@ class Scheduler:
 
     def computed(self, row: Row) -> None:
         """The row's keys and values are in its pages now: full pages become findable."""
-        seq = row.seq
+        seq, lane = row.seq, self.lanes[row.seq.lane]
         seq.computed = row.stop
         seq.copy = None
         if seq.embeddings is not None:
-            self.prompts.computed(seq, row.stop - row.start)
+            lane.prompts.computed(seq, row.stop - row.start)
         elif self.config.enable_prefix_caching and not seq.whole_prompt:
             keys = seq.full_block_keys(self.config.block_size, seq.computed)
             shared = seq.offset // self.config.block_size
             for index in range(seq.published, len(keys)):
-                self.blocks.publish(seq.blocks[shared + index], keys[index])
+                lane.blocks.publish(seq.blocks[shared + index], keys[index])
             seq.published = max(seq.published, len(keys))
 
     def preempt(self, seq: Sequence) -> None:
-        """Take a running sequence's pages; it waits to be recomputed, in front of its queue."""
+        """Take the pages of a running request; it waits to be recomputed, in front of its queue."""
         self.preemptions += 1
         self._vacate(seq)
         self.waiting.push(seq)
 
     def finish(self, seq: Sequence) -> None:
-        """Remove a sequence, wherever it is, and everything it holds."""
+        """Remove a request, wherever it is, and everything it holds."""
         if seq is self._held:
             self._held = None
         if seq in self.running:
@@ -245,29 +332,40 @@ class Scheduler:
 
     def _vacate(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.blocks.release(seq.blocks)
-        seq.blocks = []
-        seq.copy = None
-        seq.computed = 0
-        seq.published = 0
-        self._release_slot(seq)
+        for stream in seq.streams:
+            self.lanes[stream.lane].rows -= 1
+            self.lanes[stream.lane].blocks.release(stream.blocks)
+            stream.blocks = []
+            stream.copy = None
+            stream.computed = 0
+            stream.published = 0
+            stream.logits = None
+        self._release_slots(seq, used=True)
 
-    def check_integrity(self, adapter_pins: Callable[[str], int]) -> None:
-        """Pages, slots and queues agree. ``adapter_pins(version)``: pins the slots believe in.
+    def check_integrity(self, *adapter_pins: Callable[[str], int]) -> None:
+        """Pages, slots and queues agree. ``adapter_pins(version)``: pins the slots of each lane believe in.
 
         Raises:
             AssertionError: saying what does not hold.
         """
-        self.blocks.check_integrity([*(seq.blocks for seq in self.running), *self.prompts.held])
-        waiting = list(self.waiting)
-        assert not set(map(id, waiting)) & set(map(id, self.running)), "a sequence is both waiting and running"
+        waiting = [stream for seq in self.waiting for stream in seq.streams]
+        running = [stream for seq in self.running for stream in seq.streams]
+        assert not set(map(id, waiting)) & set(map(id, running)), "a sequence is both waiting and running"
         assert all(not seq.blocks and seq.slot == -1 for seq in waiting), "a waiting sequence holds pages or a slot"
-        pins: dict[str, int] = {}
-        for seq in self.running:
-            if seq.adapter is not None:
-                pins[seq.adapter] = pins.get(seq.adapter, 0) + 1
-        for version, count in pins.items():
-            assert adapter_pins(version) == count, f"{version}: {adapter_pins(version)} pins, {count} running rows"
-        on_prompts = Counter(seq.adapter for seq in self.running if seq.prompt is not None)
-        for prompted, rows in on_prompts.items():
-            assert prompted is not None and self.prompts.users(prompted) == rows, f"{prompted}: users of its prompt"
+        assert all(seq.logits is None for seq in waiting), "a waiting sequence keeps logits"
+        assert all(seq.remaining > 0 or seq.logits is not None for seq in running), "a sequence has nothing to compute"
+        for index, (lane, pins) in enumerate(zip(self.lanes, adapter_pins, strict=True)):
+            rows = [seq for seq in running if seq.lane == index]
+            assert lane.rows == len(rows), f"{len(rows)} rows of lane {index}, counted as {lane.rows}"
+            lane.blocks.check_integrity([*(seq.blocks for seq in rows), *lane.prompts.held])
+            adapters = Counter(seq.adapter for seq in rows if seq.adapter is not None)
+            for version, count in adapters.items():
+                assert pins(version) == count, f"{version}: {pins(version)} pins, {count} running rows"
+            on_prompts = Counter(seq.adapter for seq in rows if seq.prompt is not None)
+            for prompted, users in on_prompts.items():
+                assert prompted and lane.prompts.users(prompted) == users, f"{prompted}: users of its prompt"
+
+
+def _whole_tokens(seq: Sequence, lane: int) -> int:
+    """Tokens of a request's prompts in a lane that must be computed in one step."""
+    return sum(stream.prompt_len for stream in seq.streams if stream.lane == lane and stream.whole_prompt)

@@ -1,4 +1,4 @@
-"""A request under way: its tokens, its pages and how far it is computed."""
+"""A request under way: its tokens, its pages and how far it is computed. With logit arithmetic, several streams."""
 
 from __future__ import annotations
 
@@ -16,12 +16,33 @@ UNNAMED_COMPOSITION = "composition"
 """Compositions without a name of their own are accounted together: there is no end of weightings."""
 
 
-@dataclass(eq=False)
-class Sequence:
-    """The mutable state of one request.
+@dataclass(frozen=True)
+class Mix:
+    """How the logits of a request's streams become one distribution.
 
     Attributes:
-        request: what was asked.
+        width: tokens that all its models know; no others come.
+        top_p: nucleus of the leader's own distribution outside of which no token comes; None: all may.
+    """
+
+    width: int
+    top_p: float | None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The mutable state of one request; with logit arithmetic, of one of its streams.
+
+    Such a request is its *leader*, the stream it would be without, and one *follower* for each term. All have the same
+    output, each its own prompt, adapter and pages. Queues and running rows are lists of leaders.
+
+    Attributes:
+        request: what was asked. Of a follower: what a request for this stream alone would be.
+        lane: which model it runs on, as the scheduler counts them; 0: the main one.
+        weight: what its logits count.
+        mix: of a leader with logit arithmetic; None: its own logits are sampled from.
+        leader: of a follower. followers: of a leader.
+        logits: ``[vocab]`` after the newest token, kept from when they are computed until all streams have theirs.
         adapter: identity of what it runs with: the request's adapter, a variant of it or a composition; None: the base.
         parents: the registered adapters which that is made of.
         activation: the first token that the adapter works on.
@@ -44,7 +65,8 @@ class Sequence:
         arrival: position in the order of acceptance.
         accepted, first_run: times on ``time.monotonic``'s clock, in seconds; the latter None until it has run.
 
-    Invariant: ``computed < len(tokens)`` between steps; at least the newest token is still to be computed.
+    Invariant: ``computed < len(tokens)`` between steps; at least the newest token is still to be computed. Only a
+    stream that keeps its logits is computed to the end.
     """
 
     request: EngineRequest
@@ -71,6 +93,12 @@ class Sequence:
     arrival: int = 0
     accepted: float = field(default_factory=time.monotonic)
     first_run: float | None = None
+    lane: int = 0
+    weight: float = 1.0
+    mix: Mix | None = None
+    leader: Sequence | None = None
+    followers: list[Sequence] = field(default_factory=list)
+    logits: torch.Tensor | None = None
 
     @classmethod
     def start(cls, request: EngineRequest, root: bytes, max_len: int, prompt: Prompt | None = None) -> Sequence:
@@ -92,6 +120,16 @@ class Sequence:
         )
 
     @property
+    def streams(self) -> list[Sequence]:
+        """Of a leader: itself and its followers."""
+        return [self, *self.followers]
+
+    @property
+    def owner(self) -> Sequence:
+        """The leader, which may be itself."""
+        return self.leader or self
+
+    @property
     def prompt_len(self) -> int:
         return len(self.request.prompt_token_ids)
 
@@ -106,7 +144,7 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens whose keys and values are still to be computed; 1 while decoding."""
+        """Tokens whose keys and values are still to be computed; 1 while decoding, 0 while partners are awaited."""
         return len(self.tokens) - self.computed
 
     @property

@@ -1,13 +1,17 @@
-"""From a configuration to a model that is loaded, checked against transformers, and ready for adapters."""
+"""From a configuration to models that are loaded, checked against transformers, and ready for adapters."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from weft.adapters.base import Base
 from weft.adapters.forms import CompiledAdapter
@@ -25,6 +29,7 @@ from weft.server.engine.side import SideNetworks
 
 Progress = Callable[[str], None]
 """Told what start-up is busy with."""
+Result = TypeVar("Result")
 
 
 class CompileFolder(Protocol):
@@ -35,15 +40,18 @@ class CompileFolder(Protocol):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the engine runs on.
+    """One model that the engine runs.
 
     Attributes:
+        model: folder or hub id.
         compile_folder: what ``adapters`` compiles with.
         fingerprint: of the base, for the identity of KV blocks.
         vocab_size: width of the logits.
         max_model_len: tokens of prompt and output together.
+        seconds: from the start of loading to ready.
     """
 
+    model: str
     runner: ModelRunner
     adapters: Residency
     compile_folder: CompileFolder
@@ -51,21 +59,66 @@ class Loaded:
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
+    seconds: float
 
 
-def load(config: EngineConfig, progress: Progress) -> Loaded:
-    """Load the base and everything around it.
+@dataclass(frozen=True)
+class _Weights:
+    """A model before it is served.
+
+    Attributes:
+        config: its own. limit: tokens that it can place.
+        reference: what transformers' own forward computes.
+        shapes: of its KV cache, by layer.
+    """
+
+    config: EngineConfig
+    model: PreTrainedModel
+    device: torch.device
+    fingerprint: str
+    limit: int
+    reference: list[torch.Tensor]
+    shapes: list[tuple[int, int, int]]
+    started: float
+
+    @property
+    def block_bytes(self) -> int:
+        return bytes_per_block(self.shapes, self.config.block_size, self.model.dtype)
+
+
+def load(config: EngineConfig, arrived: threading.Event, progress: Progress) -> list[Loaded]:
+    """Load the base, the further models, and everything around them; the base is the first.
+
+    Args:
+        arrived: set when an adapter of any of them is loaded.
 
     Raises:
-        ConfigError: the model or a setting cannot be honoured.
+        ConfigError: a model or a setting cannot be honoured.
     """
+    weights = [_checked(config, partial(_read, config, None, progress))]
+    for name, path in config.proxy_models:
+        # What fits the main model need not fit this one: its own limit counts, up to the main one's.
+        own = replace(config, model=path, revision=None, max_model_len=None)
+        tell = partial(_tell_of, name, progress)
+        weights.append(_checked(own, partial(_read, own, config.max_model_len, tell)))
+    # Only now, with all weights in their places, is it known what is left for the caches.
+    blocks = count_blocks(config, [w.block_bytes for w in weights], [w.limit for w in weights], weights[0].device)
+    return [_checked(w.config, partial(_serve, w, count, arrived)) for w, count in zip(weights, blocks, strict=True)]
+
+
+def _tell_of(name: str, progress: Progress, stage: str) -> None:
+    progress(f"{name}: {stage}")
+
+
+def _checked(config: EngineConfig, step: Callable[[], Result]) -> Result:
     try:
-        return _load(config, progress)
+        return step()
     except attention.UnsupportedModel as error:
         raise ConfigError(f"model {config.model!r} cannot be served exactly: {error}") from error
 
 
-def _load(config: EngineConfig, progress: Progress) -> Loaded:
+def _read(config: EngineConfig, longest: int | None, progress: Progress) -> _Weights:
+    started = time.perf_counter()
     device = loading.resolve_device(config.device)
     progress("reading the configuration")
     hf_config = loading.load_config(config)
@@ -73,12 +126,18 @@ def _load(config: EngineConfig, progress: Progress) -> Loaded:
     model = loading.load_model(config, hf_config, device)
     fingerprint = loading.fingerprint(model)
     limit = loading.max_model_len(config, model.config)
+    limit = min(limit, longest or limit)
     progress("comparing with transformers' own forward")
     attention.register()
     reference = selfcheck.reference_logits(model, limit)
     shapes = selfcheck.cache_shapes(model)
     model.set_attn_implementation(attention.NAME)
-    num_blocks = count_blocks(config, bytes_per_block(shapes, config.block_size, model.dtype), limit, device)
+    return _Weights(config, model, device, fingerprint, limit, reference, shapes, started)
+
+
+def _serve(weights: _Weights, num_blocks: int, arrived: threading.Event) -> Loaded:
+    config, model, device = weights.config, weights.model, weights.device
+    limit, reference, shapes = weights.limit, weights.reference, weights.shapes
     cache = KVCache(shapes, num_blocks=num_blocks, block_size=config.block_size, dtype=model.dtype, device=device)
     base = Base.of(model)
     pool = _slot_pool(config, base, model.dtype, device)
@@ -94,13 +153,15 @@ def _load(config: EngineConfig, progress: Progress) -> Loaded:
         return compile_adapter(folder, base, version=version, dtype=base.dtype, chosen=chosen)
 
     return Loaded(
+        model=config.model,
         runner=runner,
-        adapters=Residency(pool, compile_folder, host_bytes=config.adapter_host_memory),
+        adapters=Residency(pool, compile_folder, host_bytes=config.adapter_host_memory, arrived=arrived),
         compile_folder=compile_folder,
-        fingerprint=fingerprint,
+        fingerprint=weights.fingerprint,
         vocab_size=reference[0].shape[-1],
         max_model_len=_fit_model_len(config, limit, num_blocks),
         eos_token_ids=loading.eos_token_ids(model),
+        seconds=time.perf_counter() - weights.started,
     )
 
 
@@ -123,7 +184,9 @@ def _fit_model_len(config: EngineConfig, limit: int, num_blocks: int) -> int:
 def _slot_pool(config: EngineConfig, base: Base, dtype: torch.dtype, device: torch.device) -> SlotPool:
     memory = config.adapter_memory
     if memory is None:
-        memory = torch.cuda.mem_get_info(device)[1] // 10 if device.type == "cuda" else 1 << 30
+        memory = 1 << 30
+        if device.type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[1] // (10 * (1 + len(config.proxy_models)))
     try:
         return SlotPool(base, num_slots=config.max_adapters, memory=memory, dtype=dtype, device=device)
     except ValueError as error:

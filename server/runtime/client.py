@@ -155,23 +155,27 @@ class EngineClient:
         """Abort the requests accounted under an adapter's name; each stream raises an ``error()``. Their number."""
         return self._link.cancel(adapter_name, error) if self._link else 0
 
-    async def register_adapter(self, version: str, folder: Path) -> AdapterInfo:
-        """Have the engine read an adapter, also before ``ready``. Raises ``AdapterError``, ``EngineUnavailable``."""
-        info: AdapterInfo = await self._alive().call(lambda call: wire.Register(call, version, str(folder)))
+    async def register_adapter(self, version: str, folder: Path, model: str | None = None) -> AdapterInfo:
+        """Have the engine read an adapter, also before ``ready``. Raises ``AdapterError``, ``EngineUnavailable``.
+
+        Args:
+            model: name of the further model it is for; None: the main one.
+        """
+        info: AdapterInfo = await self._alive().call(lambda call: wire.Register(call, version, str(folder), model))
         return info
 
-    async def unregister_adapter(self, version: str) -> None:
+    async def unregister_adapter(self, version: str, model: str | None = None) -> None:
         """Have the engine forget an adapter."""
-        await self._alive().call(lambda call: wire.Unregister(call, version))
+        await self._alive().call(lambda call: wire.Unregister(call, version, model))
 
-    async def pin_adapters(self, versions: Iterable[str]) -> None:
-        """Keep these versions, and no others, on the device.
+    async def pin_adapters(self, versions: Iterable[str], model: str | None = None) -> None:
+        """Keep these versions of a model's, and no others of it, on the device.
 
         Raises:
             AdapterTooLarge: some other adapter would then never find room. EngineUnavailable.
         """
         wanted = sorted(versions)
-        await self._alive().call(lambda call: wire.Pin(call, wanted))
+        await self._alive().call(lambda call: wire.Pin(call, wanted, model))
 
     async def refresh_stats(self) -> EngineStats:
         """A snapshot of now; ``stats`` is it too."""

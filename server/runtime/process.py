@@ -44,13 +44,6 @@ EXIT_FAILED = 70
 log = structlog.get_logger(__name__)
 
 
-class Adapters(Protocol):
-    """The engine's adapters in memory."""
-
-    @property
-    def idle(self) -> bool: ...
-
-
 class EngineLike(Protocol):
     """What the loop needs of ``weft.server.engine.engine.Engine``."""
 
@@ -58,7 +51,7 @@ class EngineLike(Protocol):
     def info(self) -> ModelInfo: ...
 
     @property
-    def adapters(self) -> Adapters: ...
+    def settled(self) -> bool: ...
 
     @property
     def has_work(self) -> bool: ...
@@ -73,11 +66,11 @@ class EngineLike(Protocol):
 
     def poll(self) -> None: ...
 
-    def register_adapter(self, version: str, folder: Path) -> AdapterInfo: ...
+    def register_adapter(self, version: str, folder: Path, model: str | None = None) -> AdapterInfo: ...
 
-    def unregister_adapter(self, version: str) -> None: ...
+    def unregister_adapter(self, version: str, model: str | None = None) -> None: ...
 
-    def pin_adapters(self, versions: Iterable[str]) -> None: ...
+    def pin_adapters(self, versions: Iterable[str], model: str | None = None) -> None: ...
 
 
 class Channel:
@@ -154,7 +147,7 @@ class EngineLoop:
                 self._changed = True
             if self._engine.has_work:
                 self._step()
-            elif not self._engine.adapters.idle:
+            elif not self._engine.settled:
                 self._engine.poll()
                 self._changed = True
             self._report()
@@ -163,7 +156,7 @@ class EngineLoop:
         """Seconds to wait for a command: none while there is work, for ever when idle and all is reported."""
         if self._engine.has_work:
             return STALL_SECONDS if self._stalled else 0.0
-        if not self._engine.adapters.idle:
+        if not self._engine.settled:
             return STALL_SECONDS
         return max(0.0, self._next_snapshot - time.monotonic()) if self._changed else None
 
@@ -192,12 +185,12 @@ class EngineLoop:
                 self._submit(request)
             case wire.Abort(request_id):
                 self._engine.abort(request_id)
-            case wire.Register(call, version, folder):
-                self._loaders.submit(self._answer, call, lambda: self._register(call, version, Path(folder)))
-            case wire.Unregister(call, version):
-                self._loaders.submit(self._answer, call, lambda: self._unregister(call, version))
-            case wire.Pin(call, versions):
-                self._answer(call, lambda: self._pin(call, versions))
+            case wire.Register(call, version, folder, model):
+                self._loaders.submit(self._answer, call, lambda: self._register(call, version, Path(folder), model))
+            case wire.Unregister(call, version, model):
+                self._loaders.submit(self._answer, call, lambda: self._unregister(call, version, model))
+            case wire.Pin(call, versions, model):
+                self._answer(call, lambda: self._pin(call, versions, model))
             case wire.Refresh(call):
                 self._channel.send(wire.Snapshot(self._engine.stats(), call))
             case wire.Boot():
@@ -212,15 +205,15 @@ class EngineLoop:
                 log.exception("engine.add_failed", request_id=request.request_id)
             self._channel.send(wire.Refused(request.request_id, wire.WireError.of(error)))
 
-    def _register(self, call: int, version: str, folder: Path) -> wire.Event:
-        return wire.Registered(call, self._engine.register_adapter(version, folder))
+    def _register(self, call: int, version: str, folder: Path, model: str | None) -> wire.Event:
+        return wire.Registered(call, self._engine.register_adapter(version, folder, model))
 
-    def _unregister(self, call: int, version: str) -> wire.Event:
-        self._engine.unregister_adapter(version)
+    def _unregister(self, call: int, version: str, model: str | None) -> wire.Event:
+        self._engine.unregister_adapter(version, model)
         return wire.Done(call)
 
-    def _pin(self, call: int, versions: list[str]) -> wire.Event:
-        self._engine.pin_adapters(versions)
+    def _pin(self, call: int, versions: list[str], model: str | None) -> wire.Event:
+        self._engine.pin_adapters(versions, model)
         return wire.Done(call)
 
     def _answer(self, call: int, work: Callable[[], wire.Event]) -> None:

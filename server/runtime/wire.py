@@ -86,11 +86,16 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
 
 class Register(msgspec.Struct, tag=True, frozen=True):
-    """Answered by ``Registered`` or ``CallFailed`` of the same call."""
+    """Answered by ``Registered`` or ``CallFailed`` of the same call.
+
+    Attributes:
+        model: name of the further model it is for; None: the main one.
+    """
 
     call: int
     version: str
     folder: str
+    model: str | None = None
 
 
 class Unregister(msgspec.Struct, tag=True, frozen=True):
@@ -98,6 +103,7 @@ class Unregister(msgspec.Struct, tag=True, frozen=True):
 
     call: int
     version: str
+    model: str | None = None
 
 
 class Pin(msgspec.Struct, tag=True, frozen=True):
@@ -105,6 +111,7 @@ class Pin(msgspec.Struct, tag=True, frozen=True):
 
     call: int
     versions: list[str]
+    model: str | None = None
 
 
 class Refresh(msgspec.Struct, tag=True, frozen=True):

@@ -64,7 +64,7 @@ class Driver:
     def step(self) -> None:
         deltas = self.engine.step()
         if not deltas:
-            self.engine.adapters.wait(0.02)
+            self.engine.wait(0.02)
         for delta in deltas:
             self.streams[delta.request_id].take(delta)
 

@@ -10,10 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.server.engine.batch import Batch
 from weft.server.engine.request import EngineRequest, SamplingParams
 from weft.server.engine.sampler import Sample, Sampler, uniform
-from weft.server.engine.scheduler import Row
 from weft.server.engine.sequence import Sequence
 
 VOCAB = 32
@@ -31,8 +29,7 @@ def sequence(prompt: list[int] | None = None, output: list[int] | None = None, *
 
 
 def sample(logits: torch.Tensor, seqs: list[Sequence]) -> list[Sample]:
-    rows = [Row(seq, seq.computed, len(seq.tokens)) for seq in seqs]
-    return Sampler((EOS,)).sample(logits, Batch.build(rows, 1, torch.device("cpu")))
+    return Sampler((EOS,)).sample(logits, seqs)
 
 
 def draw(logits: torch.Tensor, count: int, **params: Any) -> torch.Tensor:

@@ -18,13 +18,13 @@ class AllResident:
         self.pins: dict[str, int] = {}
         self.absent: set[str] = set()
 
-    def acquire(self, version: str) -> int | None:
+    def acquire(self, version: str, *, urgent: bool = False) -> int | None:
         if version in self.absent:
             return None
         self.pins[version] = self.pins.get(version, 0) + 1
         return int(version)
 
-    def release(self, version: str) -> None:
+    def release(self, version: str, *, used: bool = True) -> None:
         self.pins[version] -= 1
 
     def prompt(self, version: str) -> None:
@@ -37,7 +37,7 @@ class Bench:
     def __init__(self, num_blocks: int = 1000, **config: Any) -> None:
         settings = EngineConfig("none", **{"block_size": 4, "max_num_batched_tokens": 64, **config})
         self.slots = AllResident()
-        self.scheduler = Scheduler(settings, BlockPool(num_blocks), self.slots)
+        self.scheduler = Scheduler(settings, [(BlockPool(num_blocks), self.slots)])
         self.served: list[str] = []
         self._serial = 0
 
@@ -152,7 +152,7 @@ def test_preemption_takes_the_youngest_and_all_finish() -> None:
     bench.run()
     assert bench.scheduler.preemptions > 0
     assert all(len(seq.tokens) == 28 for seq in seqs)
-    assert seqs[0].computed == 0 and bench.scheduler.blocks.num_free == 12
+    assert seqs[0].computed == 0 and bench.scheduler.lanes[0].blocks.num_free == 12
 
 
 def test_one_row_that_needs_every_page_finishes() -> None:

@@ -368,7 +368,7 @@ def test_a_variant_that_cannot_be_made_ends_its_requests(world: World, monkeypat
         raise AdapterError("the file is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(driver.engine._variants, "compile_folder", broken)
+        patch.setattr(driver.engine.models[None].variants, "compile_folder", broken)
         failed = driver.add([5, 6], "poly", {"task_id": 1})
         other = driver.add([5, 6], "lora")
         driver.run()
@@ -381,13 +381,13 @@ def test_a_variant_that_cannot_be_made_ends_its_requests(world: World, monkeypat
 
 def test_others_decode_while_a_variant_is_made(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = world.driver()
-    compile_folder, let_go = driver.engine._variants.compile_folder, threading.Event()
+    compile_folder, let_go = driver.engine.models[None].variants.compile_folder, threading.Event()
 
     def slow(*args: Any) -> CompiledAdapter:
         assert let_go.wait(20)
         return compile_folder(*args)
 
-    monkeypatch.setattr(driver.engine._variants, "compile_folder", slow)
+    monkeypatch.setattr(driver.engine.models[None].variants, "compile_folder", slow)
     driver.add([5, 6], "lora", max_tokens=1)
     driver.run()  # it is in its slot; the loader is free
     slow_one = driver.add([5, 6], "mpt", {"task_id": 1})
@@ -407,7 +407,7 @@ def test_what_is_derived_of_several_adapters(world: World) -> None:
 
     def make(folders: tuple[Path, ...]) -> CompiledAdapter:
         seen.append(folders)
-        return driver.engine._variants.compile_folder(folders[0], "sum")
+        return driver.engine.models[None].variants.compile_folder(folders[0], "sum")
 
     sum_of_two = Derivation("sum", ("lora", "dylora"), make)
     assert not adapters.hold("none", Derivation("none", ("lora", "gone"), make)) and not adapters.knows("none")

@@ -98,6 +98,10 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.live or self.ended)
 
+    @property
+    def settled(self) -> bool:
+        return self.adapters.idle
+
     def add(self, request: EngineRequest) -> None:
         if request.prompt_token_ids[0] == UNEXPECTED:
             raise ZeroDivisionError("a bug in add")
@@ -114,13 +118,13 @@ class FakeEngine:
         if self.live.pop(request_id, None):
             self.ended.append(TokenDelta(request_id, finish_reason="abort"))
 
-    def register_adapter(self, version: str, folder: Path) -> AdapterInfo:
+    def register_adapter(self, version: str, folder: Path, model: str | None = None) -> AdapterInfo:
         return self.adapters.register(version, folder)
 
-    def unregister_adapter(self, version: str) -> None:
+    def unregister_adapter(self, version: str, model: str | None = None) -> None:
         self.adapters.unregister(version)
 
-    def pin_adapters(self, versions: Iterable[str]) -> None:
+    def pin_adapters(self, versions: Iterable[str], model: str | None = None) -> None:
         self.adapters.pinned = set(versions)
 
     def poll(self) -> None:
