@@ -76,13 +76,13 @@ def run_all(mode: str, target: Target, workloads: dict[str, Workload]) -> dict[s
 
 
 @contextmanager
-def demo_server() -> Iterator[str]:
+def demo_server(*arguments: str) -> Iterator[str]:
     """A `weft serve` of the demo on a free port, in a process of its own; its URL."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-P", "-m", "weft.server.cli", "serve", "--port", "0", "--state-dir", folder]
         log = Path(folder) / "stdout"
         with log.open("w") as out:
-            process = subprocess.Popen([*command, "--log-level", "warning"], stdout=out)
+            process = subprocess.Popen([*command, "--log-level", "warning", *arguments], stdout=out)
         try:
             yield _url(process, log)
         finally:

@@ -83,7 +83,36 @@ def _split_names(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def parse_models(value: object) -> object:
+    """``NAME=PATH`` items, as a list or a comma-separated string, or a table, as a dictionary of paths by name."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, Iterable):
+        raise ValueError(f"must be a list of NAME=PATH, got {value!r}")
+    models: dict[str, str] = {}
+    for item in value:
+        name, _, path = (part.strip() for part in str(item).partition("="))
+        if not (name and path):
+            raise ValueError(f"must be NAME=PATH, got {item!r}")
+        if name in models:
+            raise ValueError(f"the name {name!r} is given twice")
+        models[name] = path
+    return models
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenAdapter:
+    """An adapter named at start; ``base``: the proxy model it belongs to, None for the main one."""
+
+    id: str
+    source: str
+    base: str | None = None
+
+
 Adapters = Annotated[dict[str, str], NoDecode, BeforeValidator(parse_adapters)]
+Models = Annotated[dict[str, str], NoDecode, BeforeValidator(parse_models)]
 Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split_paths)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_names)]
 
@@ -97,8 +126,14 @@ class Settings(BaseSettings):
     model: str = Field(DEMO, description="Folder or hub id of a causal language model; default: the embedded demo.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     trust_remote_code: bool = Field(False, description="Run modelling code from the checkpoint.")
-    adapter: Adapters = Field({}, description="An adapter to serve; repeatable.")
+    adapter: Adapters = Field(
+        {}, description="An adapter to serve, PROXY:ID=SOURCE for one of a proxy model; repeatable."
+    )
     adapter_root: Folders = Field((), description="Folder that sources of the admin API may lie in; repeatable.")
+
+    proxy_model: Models = Field(
+        {}, description="Name and path or hub id of a further frozen model, for proxy-tuning; repeatable."
+    )
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
@@ -183,15 +218,33 @@ class Settings(BaseSettings):
             return (DEMO_NAME,)
         return (Path(self.model).resolve().name if Path(self.model).is_dir() else self.model,)
 
+    @property
+    def adapters(self) -> tuple[GivenAdapter, ...]:
+        """Those of ``adapter``; ``small:x`` is the adapter ``x`` of ``small`` where a proxy model has that name.
+
+        Raises:
+            ConfigError: two of them have one id.
+        """
+        given: dict[str, GivenAdapter] = {}
+        for name, source in self.adapter.items():
+            base = max((model for model in self.proxy_model if name.startswith(f"{model}:")), key=len, default=None)
+            id = name if base is None else name[len(base) + 1 :]
+            if not id or id in given:
+                raise ConfigError(f"adapter: the id {id!r} of {name}={source} is {'given twice' if id else 'empty'}")
+            given[id] = GivenAdapter(id, source, base)
+        return tuple(given.values())
+
     def engine_config(self) -> EngineConfig:
         """The engine's part. The demo's model is resolved to its folder.
 
         Raises:
             ConfigError: naming the setting.
         """
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(EngineConfig)}
+        names = {field.name for field in dataclasses.fields(EngineConfig)} - {"proxy_models"}
+        values = {name: getattr(self, name) for name in names}
         # Plain integers: the engine's process need not know pydantic.
         values = {name: int(value) if isinstance(value, ByteSize) else value for name, value in values.items()}
+        values["proxy_models"] = tuple(self.proxy_model.items())
         if self.is_demo:
             from weft.server.demo import demo_model
 

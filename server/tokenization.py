@@ -150,12 +150,52 @@ class Tokenizer(Detokenizer):
             ) from error
         return str(text)
 
+    def vocabulary(self) -> dict[str, str]:
+        """Digests of the parts that decide which token id stands for which text, by name.
+
+        Two models can share one stream of tokens where these are equal. Not among them: the chat template, which tokens
+        a tokenizer adds around a text, and which ids end an output; they do not change what an id means.
+        """
+        if self._backend is None:
+            vocabulary = self.backend.get_vocab()
+            parts: dict[str, object] = {"class": type(self.backend).__name__, "vocabulary": sorted(vocabulary.items())}
+        else:
+            written = json.loads(self._backend.to_str())
+            model = written["model"]
+            parts = {
+                "vocabulary": model.pop("vocab", None),
+                "merges": model.pop("merges", None),
+                "model": model,
+                "added tokens": written["added_tokens"],
+                "normalizer": written["normalizer"],
+                "pre-tokenizer": written["pre_tokenizer"],
+            }
+        return {
+            name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for name, part in parts.items()
+        }
+
     def fingerprint(self) -> str:
         """Digest of the vocabulary, the special tokens and the template: equal where all texts tokenize alike."""
         written = self._backend.to_str() if self._backend is not None else json.dumps(self.backend.get_vocab())
         special = json.dumps(self.backend.special_tokens_map, default=str, sort_keys=True)
         parts = (written, special, self.chat_template or "")
         return hashlib.sha256(b"".join(hashlib.sha256(part.encode()).digest() for part in parts)).hexdigest()
+
+
+def check_vocabulary(name: str, tokenizer: Tokenizer, main: Tokenizer) -> None:
+    """Raises ``ConfigError`` unless ``tokenizer``, of the further model ``name``, means the same by every token id."""
+    theirs, ours = tokenizer.vocabulary(), main.vocabulary()
+    different = [part for part in ours | theirs if ours.get(part) != theirs.get(part)]
+    if different:
+        raise ConfigError(
+            f"proxy_model: {name} has another tokenizer than the main model: they differ in {', '.join(different)} "
+            f"(fingerprint {_digest(theirs)} here, {_digest(ours)} there); logits are added where one tokenizer "
+            "serves both models"
+        )
+
+
+def _digest(parts: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _chat_template(backend: PreTrainedTokenizerBase) -> str | None:

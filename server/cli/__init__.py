@@ -1,4 +1,4 @@
-"""The command line: ``weft serve``, ``weft adapter``, ``weft check`` and ``weft bench``.
+"""The command line: ``weft serve``, ``weft adapter``, ``weft compose``, ``weft check`` and ``weft bench``.
 
 Nothing here imports torch, transformers or the HTTP packages before a command that needs them runs.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from weft.server.cli import adapter, bench, check, serve
+from weft.server.cli import adapter, bench, check, compose, serve
 
 
 def create_cli() -> typer.Typer:
@@ -20,6 +20,7 @@ def create_cli() -> typer.Typer:
     cli.callback()(_weft)
     cli.command("serve")(serve.command())
     cli.add_typer(adapter.create_cli(), name="adapter")
+    cli.add_typer(compose.create_cli(), name="compose")
     cli.command("check")(check.check)
     cli.command("bench")(bench.bench)
     return cli

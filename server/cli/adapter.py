@@ -54,21 +54,27 @@ def load(
     id: Id,
     source: Source,
     pinned: Annotated[bool, typer.Option("--pinned", help="Keep its weights on the device.")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="NAME", help="The proxy model it belongs to; default: the main model."),
+    ] = None,
     url: Url = None,
     admin_key: Key = None,
     state_dir: StateDir = None,
     as_json: Json = False,
 ) -> None:
     """Load an adapter and serve it under ID."""
-    body = {"id": id, "source": absolute(source), "pinned": pinned}
-    with _connected(url, admin_key, state_dir) as server, _busy(f"loading {id}"):
+    body: dict[str, object] = {"id": id, "source": absolute(source), "pinned": pinned}
+    if base is not None:
+        body["base"] = base
+    with connected(url, admin_key, state_dir) as server, busy(f"loading {id}"):
         record = server.request("POST", "/admin/adapters", body)
     _print(record, as_json, f"{id} is loaded: {summary(record)}")
 
 
 def list_(url: Url = None, admin_key: Key = None, state_dir: StateDir = None, as_json: Json = False) -> None:
     """List the adapters."""
-    with _connected(url, admin_key, state_dir) as server:
+    with connected(url, admin_key, state_dir) as server:
         answer = server.request("GET", "/admin/adapters")
     if as_json:
         typer.echo(json.dumps(answer, indent=2))
@@ -78,7 +84,7 @@ def list_(url: Url = None, admin_key: Key = None, state_dir: StateDir = None, as
 
 def show(id: Id, url: Url = None, admin_key: Key = None, state_dir: StateDir = None, as_json: Json = False) -> None:
     """Show everything about one adapter."""
-    with _connected(url, admin_key, state_dir) as server:
+    with connected(url, admin_key, state_dir) as server:
         record = server.request("GET", _path(id))
     width = max(map(len, record))
     _print(record, as_json, "\n".join(f"{name:<{width}}  {_text(name, value)}" for name, value in record.items()))
@@ -99,7 +105,7 @@ def unload(
 ) -> None:
     """Stop serving an adapter: no new requests, those running finish, its memory is freed."""
     query = {} if force_after is None else {"force_after": str(force_after)}
-    with _connected(url, admin_key, state_dir) as server, _busy(f"draining {id}"):
+    with connected(url, admin_key, state_dir) as server, busy(f"draining {id}"):
         answer = server.request("DELETE", _path(id), params=query)
     _print(answer, as_json, f"{id} is unloaded")
 
@@ -126,7 +132,7 @@ def replace(
     if pinned is not None:
         body["pinned"] = pinned
     headers = {} if if_match is None else {"If-Match": f'"{if_match}"'}
-    with _connected(url, admin_key, state_dir) as server, _busy(f"replacing {id}"):
+    with connected(url, admin_key, state_dir) as server, busy(f"replacing {id}"):
         record = server.request("PUT", _path(id), body, headers=headers)
     _print(record, as_json, f"{id} is replaced: {summary(record)}")
 
@@ -146,7 +152,8 @@ def summary(record: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _connected(url: str | None, key: str | None, state_dir: Path | None) -> Iterator[Server]:
+def connected(url: str | None, key: str | None, state_dir: Path | None) -> Iterator[Server]:
+    """The server that a command is for; what it refuses ends the command."""
     with failing_clearly(ConfigError, RemoteError), connect(url, key, state_dir) as server:
         yield server
 
@@ -155,7 +162,7 @@ def _path(id: str) -> str:
     return f"/admin/adapters/{quote(id, safe='')}"
 
 
-def _busy(text: str) -> AbstractContextManager[object]:
+def busy(text: str) -> AbstractContextManager[object]:
     """A spinner on a terminal, nothing elsewhere."""
     from rich.console import Console
 
@@ -180,7 +187,7 @@ def _print_table(records: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    columns = ("id", "method", "forms", "rank", "size", "state", "tier", "requests", "version")
+    columns = ("id", "base", "method", "forms", "rank", "size", "state", "tier", "requests", "version")
     table = Table(*columns)
     for record in records:
         cells = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -70,6 +71,21 @@ class Server:
         if reply.is_success:
             return reply.json() if reply.content else None
         raise RemoteError(_reason(reply))
+
+    def events(self, path: str) -> Iterator[Any]:
+        """The server-sent events of a route, decoded. Raises ``RemoteError``."""
+        import httpx
+
+        try:
+            with self._client.stream("GET", path) as reply:
+                if not reply.is_success:
+                    reply.read()
+                    raise RemoteError(_reason(reply))
+                for line in reply.iter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        yield json.loads(line.removeprefix("data: "))
+        except httpx.HTTPError as error:
+            raise RemoteError(f"{self._client.base_url} broke off: {error or type(error).__name__}") from error
 
 
 def connect(url: str | None, key: str | None, state_dir: Path | None) -> Server:

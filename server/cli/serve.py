@@ -27,6 +27,7 @@ METAVARS: dict[Any, str | None] = {
     tuple[Path, ...]: "PATH",
     tuple[str, ...]: "TEXT",
 }
+NAMED_METAVARS = {"proxy_model": "NAME=PATH"}
 ALIASES = {"adapter": ("--lora-modules",)}
 
 
@@ -79,7 +80,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     default = field.get_default(call_default_factory=True)
     names = ["--" + name.replace("_", "-"), *ALIASES.get(name, ())]
     annotation: Any = str | None
-    metavar = METAVARS.get(kind, "TEXT")
+    metavar = NAMED_METAVARS.get(name) or METAVARS.get(kind, "TEXT")
     if kind is bool:
         annotation = bool | None
         names = [f"{names[0]}/--no-{names[0].removeprefix('--')}"]

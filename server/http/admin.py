@@ -46,8 +46,7 @@ def vllm_router() -> APIRouter:
 async def load(request: Request, body: AdapterLoad) -> Response:
     """Load an adapter. Answers once it can be requested."""
     state = server_state(request)
-    _check_base(state, body.base)
-    record = await state.registry.load(body.id, body.source, pinned=body.pinned)
+    record = await state.registry.load(body.id, body.source, pinned=body.pinned, base=_proxy_model(state, body.base))
     log.info("admin.load", adapter=record.id, version=record.version, source=record.source)
     return await _card(state, record, status=201)
 
@@ -70,7 +69,7 @@ async def replace(
 ) -> Response:
     """Move an id to another version in one step. Requests under way finish on the one they started with."""
     state = server_state(request)
-    record = await state.registry.replace(id, body.source, pinned=body.pinned, if_match=_version(if_match))
+    record = await state.registry.replace(id, body.source, pinned=body.pinned, if_match=if_match_version(if_match))
     log.info("admin.replace", adapter=record.id, version=record.version, source=record.source)
     return await _card(state, record)
 
@@ -94,11 +93,11 @@ async def vllm_load(request: Request, body: VllmLoad) -> Response:
     state = server_state(request)
     registry, name = state.registry, body.lora_name
     try:
-        _check_base(state, body.base_model_name)
+        base = _proxy_model(state, body.base_model_name)
         if body.load_inplace and any(record.id == name for record in registry.list()):
             await registry.replace(name, body.lora_path)
         else:
-            await registry.load(name, body.lora_path)
+            await registry.load(name, body.lora_path, base=base)
     except (RequestError, AdapterError) as error:
         return _vllm_error(error)
     log.info("admin.load", adapter=name, source=body.lora_path)
@@ -124,14 +123,22 @@ def _vllm_error(error: RequestError | AdapterError) -> Response:
     return ErrorReply(400, "InvalidUserInput", error.message, error.param, 400).response()
 
 
-def _check_base(state: ServerState, base: str | None) -> None:
-    if base is not None and base not in state.base_names:
+def _proxy_model(state: ServerState, base: str | None) -> str | None:
+    """The proxy model that ``base`` names; None for the main one. Raises ``InvalidRequest``."""
+    if base is None or base in state.base_names:
+        return None
+    proxies = state.client.info.proxies
+    if base not in proxies:
+        there = f", and its proxy models are {', '.join(map(repr, proxies))}" if proxies else ""
         raise InvalidRequest(
-            f"'base' is {base[:64]!r}, but this server's base is {state.base_name!r}", param="base", code="unknown_base"
+            f"'base' is {base[:64]!r}, but this server's base is {state.base_name!r}{there}",
+            param="base",
+            code="unknown_base",
         )
+    return base
 
 
-def _version(if_match: str | None) -> str | None:
+def if_match_version(if_match: str | None) -> str | None:
     """The version an ``If-Match`` header names, with or without quotes; None for ``*`` and no header."""
     if if_match is None or if_match.strip() == "*":
         return None

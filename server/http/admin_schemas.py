@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from weft.adapters.choices import Choice
 from weft.server.engine.info import EngineStats
 from weft.server.errors import InvalidRequest
-from weft.server.http.schemas import Body, Messages, TemplateOptions, TokenId
-
-if TYPE_CHECKING:
-    from weft.server.registry.records import AdapterRecord
+from weft.server.http.messages import Body, Messages, TemplateOptions
+from weft.server.http.schemas import TokenId
+from weft.server.http.steering import ProxyBody
+from weft.server.registry.records import AdapterRecord, residency
 
 MAX_ID = 256
 MAX_SOURCE = 4096
@@ -25,7 +25,9 @@ class AdapterLoad(Body):
 
     id: str = Field(min_length=1, max_length=MAX_ID)
     source: str = Field(min_length=1, max_length=MAX_SOURCE)
-    base: str | None = Field(None, min_length=1, description="The frozen model it belongs to; default: the main one.")
+    base: str | None = Field(
+        None, min_length=1, description="The frozen model it belongs to, the base or a proxy model; default: the base."
+    )
     pinned: bool = Field(False, description="Keep its weights on the device.")
 
 
@@ -34,6 +36,17 @@ class AdapterReplace(Body):
 
     source: str = Field(min_length=1, max_length=MAX_SOURCE)
     pinned: bool | None = Field(None, description="Default: as it was.")
+
+
+class ProxyCreate(ProxyBody):
+    """``POST /admin/proxies``."""
+
+    id: str = Field(min_length=1, max_length=MAX_ID)
+    base: str | None = Field(
+        None,
+        min_length=1,
+        description="What is steered: the base, an adapter of it or a composition; default: the base.",
+    )
 
 
 class VllmLoad(Body):
@@ -82,11 +95,13 @@ def choices_shown(choices: Iterable[Choice]) -> dict[str, dict[str, int | None]]
 def adapter_card(record: AdapterRecord, stats: EngineStats) -> dict[str, Any]:
     """An adapter as the admin API shows it: what it is, how it is served, where it is now."""
     info = record.info
+    tier, refcount = residency(record, stats)
     return {
         "id": record.id,
         "object": "adapter",
         "version": record.version,
         "source": record.source,
+        "base": record.base,
         "created": record.created,
         "state": record.state,
         "error": record.error,
@@ -100,6 +115,6 @@ def adapter_card(record: AdapterRecord, stats: EngineStats) -> dict[str, Any]:
         "position_offset": info.position_offset,
         "choices": choices_shown(info.choices),
         "invocation": list(info.invocation),
-        "tier": stats.tiers.get(record.version),
-        "refcount": stats.refcounts.get(record.version, 0),
+        "tier": tier,
+        "refcount": refcount,
     }

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from weft.server.http import admin, errors, openai, ops
+from weft.server.http import admin, admin_proxies, compositions, errors, jobs, openai, ops
 from weft.server.http.middleware import BodyLimit, RequestLog
 from weft.server.http.state import ServerState
 
@@ -20,7 +20,16 @@ def create_app(state: ServerState) -> FastAPI:
     )
     app.state.weft = state
     errors.install(app)
-    for router in (openai.router, admin.vllm_router, admin.router, ops.tokenizer_router, ops.router):
+    for router in (
+        openai.router,
+        admin.vllm_router,
+        admin.router,
+        compositions.router,
+        jobs.router,
+        admin_proxies.router,
+        ops.tokenizer_router,
+        ops.router,
+    ):
         app.include_router(router())
     app.add_middleware(BodyLimit, max_body=state.limits.max_body)
     app.add_middleware(RequestLog)  # the last added is the outermost

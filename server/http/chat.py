@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from weft.server.engine.streams import TextDelta
+from weft.server.http.arithmetic import Encode
 from weft.server.http.generation import Generation, Plan
+from weft.server.http.messages import Message, TemplateOptions
 from weft.server.http.render import chat_logprobs, prompt_logprobs
-from weft.server.http.schemas import ChatBody, Message, TemplateOptions
+from weft.server.http.schemas import ChatBody
+from weft.server.http.steering import TermBody
 from weft.server.tokenization import Tokenizer
 
 
@@ -25,6 +28,16 @@ def encode_chat(tokenizer: Tokenizer, messages: list[Message], options: Template
     )
     # A template writes the special tokens itself.
     return tokenizer.encode(text, add_special_tokens=options.add_special_tokens is True, param="messages")
+
+
+def term_encode(term: TermBody, options: TemplateOptions, *, special: bool) -> Encode | None:
+    """How a term's own prompt becomes token ids; None where it has none. ``special``: with the tokens around a text."""
+    messages, prompt = term.messages, term.prompt
+    if messages is not None:
+        return lambda tokenizer: encode_chat(tokenizer, messages, options)
+    if isinstance(prompt, str):
+        return lambda tokenizer: tokenizer.encode(prompt, add_special_tokens=special)
+    return None if prompt is None else lambda tokenizer: prompt
 
 
 class ChatFormat:
@@ -46,7 +59,9 @@ class ChatFormat:
             own["logprobs"] = body.top_logprobs or 0
         return Plan(
             request_id=request_id,
-            model=body.model,
+            wanted=body.wanted(),
+            asked=body.asked(lambda term: term_encode(term, body, special=body.add_special_tokens is not False)),
+            render=lambda tokenizer: encode_chat(tokenizer, body.messages, body),
             encode=lambda: [encode_chat(self._tokenizer, body.messages, body)],
             prompt_param="messages",
             params=body.sampling(**own),

@@ -6,7 +6,9 @@ from typing import Any
 
 from weft.server.engine.request import TokenLogprobs
 from weft.server.engine.streams import TextDelta
+from weft.server.http.chat import term_encode
 from weft.server.http.generation import Generation, Plan
+from weft.server.http.messages import TemplateOptions
 from weft.server.http.render import completion_logprobs, prompt_logprobs
 from weft.server.http.schemas import CompletionBody
 from weft.server.tokenization import Tokenizer
@@ -39,9 +41,11 @@ class CompletionFormat:
         own: dict[str, Any] = {"max_tokens": max(1, limit), "logprobs": body.logprobs}
         if body.echo and body.logprobs is not None:
             own["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+        special = body.add_special_tokens is not False
         return Plan(
             request_id=request_id,
-            model=body.model,
+            wanted=body.wanted(),
+            asked=body.asked(lambda term: term_encode(term, TemplateOptions.model_validate({}), special=special)),
             encode=self._encode,
             prompt_param="prompt",
             params=body.sampling(**own),
@@ -51,6 +55,7 @@ class CompletionFormat:
             cache_salt=body.cache_salt,
             priority=body.priority or 0,
             choices=body.adapter_choices(),
+            prompt_logprobs_param="echo" if body.prompt_logprobs is None else "prompt_logprobs",
         )
 
     def choice(self, generation: Generation, index: int, delta: TextDelta, *, first: bool) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -14,10 +14,15 @@ from weft.server.engine.request import EngineRequest, SamplingParams, TokenLogpr
 from weft.server.engine.streams import TextDelta, TextStream
 from weft.server.engine.variants import resolve
 from weft.server.errors import EngineUnavailable, InvalidRequest
+from weft.server.http.arithmetic import Asked, Encode, Steering, check_terms, steered_by, steering
+from weft.server.http.resolution import Resolved, Wanted, leased
 from weft.server.http.state import ServerState
 from weft.server.http.timing import observed
-from weft.server.registry.records import AdapterRecord
 
+NO_PROMPT_LOGPROBS = (
+    "there are no log-probabilities of the prompt ('prompt_logprobs', 'echo' with 'logprobs') with logit arithmetic: "
+    "its streams may have different prompts"
+)
 MERGE_BUFFER = 64
 """Deltas that may wait between the streams of one request and its reply."""
 
@@ -30,15 +35,19 @@ class Plan:
 
     Attributes:
         request_id: of the reply; the engine's requests are numbered under it.
+        wanted: what it names to run with. asked: further streams whose logits are added; None: none.
+        render: its messages, as a tokenizer's own template renders them; None: it has none.
         encode: makes the prompts' token ids; run in a thread.
         prompt_param: the field the prompts come from.
         choices: what is chosen of the adapter, by name.
+        prompt_logprobs_param: the field that asks for them.
         no_output: no token is wanted, only what is known of the prompt. One is generated, since that is the least the
             engine does, and dropped.
     """
 
     request_id: str
-    model: str
+    wanted: Wanted
+    asked: Asked | None
     encode: Callable[[], list[list[int]]]
     prompt_param: str
     params: SamplingParams
@@ -48,16 +57,23 @@ class Plan:
     cache_salt: str | None = None
     priority: int = 0
     choices: dict[str, int] = field(default_factory=dict)
+    render: Encode | None = None
+    prompt_logprobs_param: str = "prompt_logprobs"
     arrived: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request; each prompt counts once, however many choices it has."""
+    """Tokens of a request; each prompt counts once, however many choices it has.
+
+    Attributes:
+        compose_seconds: what weighing its adapters took; 0.0 where that was done before, None where it composes none.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    compose_seconds: float | None = None
 
 
 class Generation:
@@ -68,14 +84,23 @@ class Generation:
         size: choices in all; choice ``i`` is of prompt ``i // n``.
     """
 
-    def __init__(self, state: ServerState, plan: Plan, prompts: list[list[int]], adapter: AdapterRecord | None) -> None:
+    def __init__(
+        self,
+        state: ServerState,
+        plan: Plan,
+        prompts: list[list[int]],
+        runs: Resolved,
+        steered: Steering | None = None,
+    ) -> None:
         self.plan = plan
         self.prompts = prompts
         self.size = len(prompts) * plan.n
         self._state = state
-        self._adapter = adapter
+        self._runs = runs
+        self._steered = steered
         self._completion_tokens = 0
         self._cached = [0] * len(prompts)
+        self._compose_seconds: float | None = None
 
     def prompt_of(self, index: int) -> list[int]:
         return self.prompts[index // self.plan.n]
@@ -83,7 +108,7 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Of what there is so far."""
-        return Usage(sum(map(len, self.prompts)), self._completion_tokens, sum(self._cached))
+        return Usage(sum(map(len, self.prompts)), self._completion_tokens, sum(self._cached), self._compose_seconds)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, TextDelta], None]:
         """The deltas of all choices, each with its choice's index. Raises ``RequestError``."""
@@ -112,8 +137,13 @@ class Generation:
             skip_special_tokens=self.plan.skip_special_tokens,
         )
         prompt_tokens = len(request.prompt_token_ids)
-        with observed(self._state.metrics, request.adapter_name, prompt_tokens, self.plan.arrived) as times:
-            async with aclosing(self._state.client.generate(request)) as deltas:
+        times_of = observed(self._state.metrics, request.adapter_name, prompt_tokens, self.plan.arrived)
+        ids: tuple[str, ...] = self._runs.ids
+        naming: AbstractContextManager[None] = nullcontext()
+        if self._steered is not None:
+            ids, naming = self._steered.ids, self._steered.naming()
+        with times_of as times, naming:
+            async with aclosing(self._state.client.generate(request, ids=ids)) as deltas:
                 async for delta in deltas:
                     piece = text.push(delta)
                     if piece.finish_reason in ("abort", "error"):
@@ -121,6 +151,9 @@ class Generation:
                         raise EngineUnavailable(reason, code=f"request_{piece.finish_reason}")
                     if delta.queue_seconds is not None:
                         times.queue = delta.queue_seconds
+                    if delta.compose_seconds is not None:
+                        times.compose = delta.compose_seconds
+                        self._compose_seconds = (self._compose_seconds or 0.0) + delta.compose_seconds
                     times.mark(len(piece.token_ids), piece.finish_reason)
                     yield _without_output(piece) if self.plan.no_output else piece
                     if text.stopped:
@@ -136,38 +169,56 @@ class Generation:
             request_id=f"{plan.request_id}-{index}",
             prompt_token_ids=self.prompt_of(index),
             params=params,
-            adapter=self._adapter.version if self._adapter else None,
-            adapter_name=self._adapter.id if self._adapter else None,
+            adapter=self._runs.adapter,
+            adapter_name=self._runs.name,
             cache_salt=plan.cache_salt,
             priority=plan.priority,
             choices=plan.choices,
+            composition=self._runs.composition,
+            arithmetic=self._steered.arithmetic if self._steered else None,
         )
 
 
 @asynccontextmanager
 async def opened(state: ServerState, plan: Plan) -> AsyncIterator[Generation]:
-    """A generation, with its adapter's version held until the end. Raises ``RequestError``."""
-    with leased(state, plan.model) as adapter:
-        resolve(adapter.info.choices if adapter else (), plan.choices)
+    """A generation, with what it runs with held until the end. Raises ``RequestError``."""
+    info = state.client.info
+    with ExitStack() as held:
+        runs, steered = leased_streams(state, plan, held)
         prompts = await state.workers.run(plan.encode)
-        check_prompts(plan, prompts, state.client.info, state.limits.max_sequences)
-        yield Generation(state, plan, prompts, adapter)
+        check_prompts(plan, prompts, info, state.limits.max_sequences, steered.streams if steered else 1)
+        if steered is not None:
+            if plan.params.prompt_logprobs is not None:
+                raise InvalidRequest(NO_PROMPT_LOGPROBS, param=plan.prompt_logprobs_param)
+            steered = await state.workers.run(steered.encoded)
+            check_terms(steered, prompts, plan.params.max_tokens, info)
+        yield Generation(state, plan, prompts, runs, steered)
 
 
-@contextmanager
-def leased(state: ServerState, model: str) -> Iterator[AdapterRecord | None]:
-    """The adapter that ``model`` names, held; None for the base. Raises ``NotFound``."""
-    if model in state.base_names:
-        yield None
-    else:
-        with state.registry.lease(model) as record:
-            yield record
+def leased_streams(state: ServerState, plan: Plan, held: ExitStack) -> tuple[Resolved, Steering | None]:
+    """What a request runs with, and the further streams it asks for or the proxy it names has. ``RequestError``."""
+    proxy, asked = state.proxies.find(plan.wanted.model), plan.asked
+    if proxy is None:
+        runs = leased(state, plan.wanted, held)
+        resolve(runs.choices, plan.choices)
+        return runs, None if asked is None else steering(state, asked, runs, plan.choices, plan.render, held)
+    if asked is not None:
+        message = f"'model' {proxy.id!r} is a proxy itself, and there are no proxies of proxies"
+        raise InvalidRequest(message, param=asked.field)
+    if plan.wanted.members:
+        raise InvalidRequest(f"with 'adapters', 'model' must be the base, {state.base_name!r}", param="model")
+    runs, steered = steered_by(state, proxy, plan.choices, plan.render, held)
+    return replace(runs, name=proxy.id), steered
 
 
-def check_prompts(plan: Plan, prompts: Sequence[Sequence[int]], info: ModelInfo, max_sequences: int) -> None:
-    """Refuse, with ``InvalidRequest``, what the engine could not serve."""
-    if len(prompts) * plan.n > max_sequences:
-        raise InvalidRequest(f"'n' times the number of prompts must be at most {max_sequences}", param="n")
+def check_prompts(
+    plan: Plan, prompts: Sequence[Sequence[int]], info: ModelInfo, max_sequences: int, streams: int = 1
+) -> None:
+    """Refuse, with ``InvalidRequest``, what the engine could not serve. ``streams``: of each sequence."""
+    if len(prompts) * plan.n * streams > max_sequences:
+        of_streams = f" and of the {streams} streams of each" if streams > 1 else ""
+        message = f"'n' times the number of prompts{of_streams} must be at most {max_sequences}"
+        raise InvalidRequest(message, param="n")
     if any(token_id >= info.vocab_size for token_id in plan.params.stop_token_ids):
         raise InvalidRequest(f"'stop_token_ids' must be below {info.vocab_size}", param="stop_token_ids")
     if any(token_id >= info.vocab_size for token_id in plan.params.logit_bias):

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from weft.server.http.auth import BEARER, ApiRoute
 from weft.server.http.chat import ChatFormat
 from weft.server.http.completions import CompletionFormat
+from weft.server.http.composition_schemas import composed_of
 from weft.server.http.errors import DOCUMENTED
 from weft.server.http.generation import opened
 from weft.server.http.render import usage_dict
@@ -23,9 +24,13 @@ from weft.server.http.responses import JsonResponse
 from weft.server.http.schemas import ChatBody, CompletionBody, StreamOptions
 from weft.server.http.state import ServerState, server_state
 from weft.server.http.stream import DONE, EventStream, while_connected
+from weft.server.registry.compositions import NamedComposition
+from weft.server.registry.proxies import NamedProxy
 from weft.server.registry.records import AdapterRecord
 
 Format = CompletionFormat | ChatFormat
+PROXY_ONLY = {"proxy_only": True}
+"""Marks the models that serve inside ``proxy`` and ``logit_arithmetic``, and cannot be a request's ``model``."""
 CLIENT_LEFT = 499
 """nginx's status for it."""
 
@@ -51,10 +56,14 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
 
 
 async def list_models(request: Request) -> Response:
-    """The base and the adapters."""
+    """The base, the adapters and the named compositions that are served."""
     state = server_state(request)
     cards = [_base_card(state, name) for name in state.base_names]
     cards += [_adapter_card(state, record) for record in state.registry.list() if record.state == "ready"]
+    named = state.compositions
+    cards += [_composition_card(state, one) for one in named.list() if named.state(one).error is None]
+    cards += [_proxy_card(state, proxy) for proxy in state.proxies.list()]
+    cards += [_proxy_model_card(state, name) for name in state.client.info.proxies]
     return JsonResponse({"object": "list", "data": cards})
 
 
@@ -63,6 +72,12 @@ async def show_model(request: Request, model: str) -> Response:
     state = server_state(request)
     if model in state.base_names:
         return JsonResponse(_base_card(state, model))
+    if composition := state.compositions.find(model):
+        return JsonResponse(_composition_card(state, composition))
+    if model in state.client.info.proxies:
+        return JsonResponse(_proxy_model_card(state, model))
+    if (proxy := state.proxies.find(model)) is not None:
+        return JsonResponse(_proxy_card(state, proxy))
     return JsonResponse(_adapter_card(state, state.registry.get(model)))
 
 
@@ -72,7 +87,25 @@ def _base_card(state: ServerState, name: str) -> dict[str, Any]:
 
 
 def _adapter_card(state: ServerState, record: AdapterRecord) -> dict[str, Any]:
-    return _card(record.id, record.created, record.source, state.base_name, state.client.info.max_model_len)
+    if record.base is None:
+        return _card(record.id, record.created, record.source, state.base_name, state.client.info.max_model_len)
+    limit = state.client.info.proxies[record.base].max_model_len
+    return _card(record.id, record.created, record.source, record.base, limit) | PROXY_ONLY
+
+
+def _proxy_card(state: ServerState, proxy: NamedProxy) -> dict[str, Any]:
+    base = proxy.base or state.base_name
+    return _card(proxy.id, proxy.created, f"proxy of {base}", base, state.client.info.max_model_len)
+
+
+def _proxy_model_card(state: ServerState, name: str) -> dict[str, Any]:
+    info = state.client.info.proxies[name]
+    return _card(name, state.created, info.model, None, info.max_model_len) | PROXY_ONLY
+
+
+def _composition_card(state: ServerState, composition: NamedComposition) -> dict[str, Any]:
+    card = _card(composition.id, composition.created, state.base_name, state.base_name, state.client.info.max_model_len)
+    return {**card, **composed_of(composition)}
 
 
 def _card(name: str, created: float, root: str, parent: str | None, max_model_len: int) -> dict[str, Any]:

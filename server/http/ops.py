@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from weft.server.errors import EngineUnavailable
+from weft.server.errors import EngineUnavailable, NotFound
 from weft.server.http.admin_schemas import DetokenizeBody, TokenizeBody
 from weft.server.http.auth import BEARER, ApiRoute
 from weft.server.http.chat import encode_chat
@@ -68,7 +68,7 @@ async def metrics(request: Request) -> Response:
 async def landing(request: Request) -> Response:
     """What this is and where to go on."""
     state = server_state(request)
-    models = [*state.base_names, *(record.id for record in state.registry.list())]
+    models = [*state.base_names, *state.registry.names.ids()]
     return JsonResponse({"name": "weft", "version": version("weft"), "docs": "/docs", "models": models})
 
 
@@ -118,8 +118,9 @@ def _tokenize(state: ServerState, body: TokenizeBody) -> list[int]:
 
 def _check_model(state: ServerState, model: str | None) -> None:
     """Raises ``NotFound`` for a model there is not. All share the base's tokenizer."""
-    if model is not None and model not in state.base_names:
-        state.registry.get(model)
+    models = {*state.base_names, *state.client.info.proxies}
+    if model is not None and model not in models and not state.registry.names.known(model):
+        raise NotFound(f"there is no model {model[:64]!a}", param="model")
 
 
 def _check_ready(state: ServerState) -> None:

@@ -18,12 +18,15 @@ def finite(logprob: float) -> float:
 
 
 def usage_dict(usage: Usage) -> dict[str, Any]:
-    return {
+    written: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    if usage.compose_seconds is not None:
+        written["weft"] = {"compose_ms": round(usage.compose_seconds * 1000, 3)}
+    return written
 
 
 def completion_logprobs(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any
 
-import orjson
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from weft.adapters.composition import Combination
 from weft.server.engine.request import MAX_LOGPROBS, SamplingParams
 from weft.server.errors import InvalidRequest
+from weft.server.http.arithmetic import Asked, Encode
+from weft.server.http.members import WeighedAdapters, weighed_ids
+from weft.server.http.messages import Body, Messages, TemplateOptions, text_kind
+from weft.server.http.resolution import Wanted
+from weft.server.http.steering import NUCLEUS, ProxyBody, TermBody, Terms, TopP, asked_terms
 from weft.server.http.unserved import drop_neutral
 
 MAX_N = 128
 MAX_PROMPTS = 1024
-MAX_MESSAGES = 4096
 MAX_STOPS = 32
 MAX_STOP_CHARS = 1024
 MAX_IDS = 4096
@@ -34,10 +39,6 @@ def _prompt_kind(value: object) -> str | None:
     return "(texts)" if isinstance(first, str) else "(batch)" if isinstance(first, list) else "(tokens)"
 
 
-def _text_kind(value: object) -> str:
-    return "(list)" if isinstance(value, list) else "(text)"
-
-
 Prompt = Annotated[
     Annotated[str, Tag("(text)")]
     | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("(texts)")]
@@ -53,14 +54,8 @@ Prompt = Annotated[
 
 Stop = Annotated[
     Annotated[str, Tag("(text)")] | Annotated[list[str], Field(max_length=MAX_STOPS), Tag("(list)")],
-    Discriminator(_text_kind),
+    Discriminator(text_kind),
 ]
-
-
-class Body(BaseModel):
-    """What every body keeps to."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
 
 class StreamOptions(Body):
@@ -74,7 +69,23 @@ class StreamOptions(Body):
 class Generation(Body):
     """What both kinds of completion share."""
 
-    model: str = Field(min_length=1, max_length=1024, description="The base's name or an adapter's id.")
+    model: str = Field(
+        min_length=1, max_length=1024, description="The base's name, or the id of an adapter or a composition."
+    )
+    adapters: WeighedAdapters | None = Field(
+        None, description="Composed for this request alone; 'model' is then the base."
+    )
+    combination: Combination | None = Field(
+        None, description="Of 'adapters': lorahub, (Σ w B)(Σ w A), the default; or linear, Σ w ΔW."
+    )
+    proxy: ProxyBody | None = Field(
+        None, description="Proxy-tuning: the logits are s + alpha (s_expert - s_anti_expert)."
+    )
+    logit_arithmetic: Terms | None = Field(
+        None,
+        description="The logits are s + Σ weight · s_term; a term of nothing but a weight is the request's own stream.",
+    )
+    base_top_p: TopP | None = Field(None, description=f"With 'logit_arithmetic'. {NUCLEUS}")
     n: int | None = Field(None, ge=1, le=MAX_N, description="Choices per prompt.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -132,6 +143,33 @@ class Generation(Body):
             raise InvalidRequest("'prompt_logprobs' cannot be streamed", param="prompt_logprobs")
         return self
 
+    @model_validator(mode="after")
+    def _check_combination(self) -> Generation:
+        if self.combination is not None and self.adapters is None:
+            raise InvalidRequest("'combination' needs 'adapters'", param="combination")
+        return self
+
+    @model_validator(mode="after")
+    def _check_steering(self) -> Generation:
+        if self.proxy is not None and self.logit_arithmetic is not None:
+            raise InvalidRequest("'proxy' is a shorthand for 'logit_arithmetic': give one of them", param="proxy")
+        if self.base_top_p is not None and self.logit_arithmetic is None:
+            message = "'base_top_p' needs 'logit_arithmetic'; of a proxy it stands inside 'proxy'"
+            raise InvalidRequest(message, param="base_top_p")
+        return self
+
+    def wanted(self) -> Wanted:
+        """What the request names to run with."""
+        return Wanted(self.model, weighed_ids(self.adapters or ()), self.combination or "lorahub")
+
+    def asked(self, encode: Callable[[TermBody], Encode | None]) -> Asked | None:
+        """The logit arithmetic it asks for. ``encode``: how a term's own prompt becomes token ids."""
+        if self.proxy is not None:
+            return self.proxy.asked()
+        if self.logit_arithmetic is not None:
+            return asked_terms(self.logit_arithmetic, self.base_top_p, encode)
+        return None
+
     def choices(self) -> int:
         return 1 if self.n is None else self.n
 
@@ -170,106 +208,6 @@ class CompletionBody(Generation):
         return self
 
 
-class TextPart(Body):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-Content = Annotated[
-    Annotated[str, Tag("(text)")]
-    | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True), Tag("(list)")],
-    Discriminator(_text_kind),
-]
-
-
-class FunctionCall(Body):
-    """What an assistant's message called."""
-
-    name: str = Field(min_length=1, max_length=256)
-    arguments: str
-
-
-class ToolCall(Body):
-    """A call in an assistant's message."""
-
-    id: str = Field(max_length=256)
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(Body):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
-    name: str | None = Field(None, max_length=256)
-    tool_calls: list[ToolCall] | None = Field(None, max_length=128)
-    tool_call_id: str | None = Field(None, max_length=256)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, message: object) -> object:
-        # Clients send back what they were given, empty fields included.
-        empty = {"annotations", "audio", "function_call", "reasoning_content", "refusal"}
-        if not isinstance(message, dict):
-            return message
-        return {key: value for key, value in message.items() if value or key not in empty}
-
-    @model_validator(mode="after")
-    def _check_content(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise InvalidRequest(f"'messages' has one of role {self.role!r} without 'content'", param="messages")
-        if self.tool_calls and self.role != "assistant":
-            raise InvalidRequest("'messages' has 'tool_calls' in one that is not an assistant's", param="messages")
-        return self
-
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "\n".join(part.text for part in self.content)
-        return self.content or ""
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates take it: text content, arguments of calls as objects."""
-        message: dict[str, Any] = {"role": self.role, "content": self.text()}
-        if self.name is not None:
-            message["name"] = self.name
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": call.type,
-                    "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-                }
-                for call in self.tool_calls
-            ]
-        return message
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-
-
-class TemplateOptions(Body):
-    """How a conversation becomes a prompt."""
-
-    add_generation_prompt: bool | None = Field(None, description="Begin the assistant's message; default true.")
-    continue_final_message: bool | None = Field(None, description="Go on with the last message; default false.")
-    add_special_tokens: bool | None = Field(
-        None, description="With the tokens the model expects around a text; default true for text, false for messages."
-    )
-    chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=32)
-
-    @model_validator(mode="after")
-    def _check_continue(self) -> TemplateOptions:
-        if self.continue_final_message and self.add_generation_prompt:
-            message = "'continue_final_message' and 'add_generation_prompt' exclude each other"
-            raise InvalidRequest(message, param="continue_final_message")
-        return self
-
-
 class ChatBody(Generation, TemplateOptions):
     """``POST /v1/chat/completions``."""
 
@@ -286,11 +224,3 @@ class ChatBody(Generation, TemplateOptions):
 
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-
-def _arguments(written: str) -> Any:
-    try:
-        return orjson.loads(written or "{}")
-    except orjson.JSONDecodeError as error:
-        message = "'arguments' of a tool call in 'messages' must be JSON"
-        raise InvalidRequest(message, param="messages") from error

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from starlette.requests import Request
 
+from weft.server.jobs import Jobs
 from weft.server.tokenization import Tokenizer, Workers
 
 if TYPE_CHECKING:
     from weft.server.http.auth import Keyring
     from weft.server.observability.metrics import Metrics
+    from weft.server.registry.compositions import Compositions
+    from weft.server.registry.proxies import Proxies
     from weft.server.registry.registry import AdapterRegistry
     from weft.server.runtime.client import EngineClient
 
@@ -39,6 +43,7 @@ class ServerState:
     Attributes:
         base_names: names the base answers to; the first is its own.
         tokenizer: of the base, with the character limit of ``client.info.max_model_len``.
+        proxy_tokenizers: of the proxy models, by name; they agree with the base's on what a token id means.
         created: unix seconds, for the base's model card.
     """
 
@@ -48,8 +53,12 @@ class ServerState:
     metrics: Metrics
     keys: Keyring
     base_names: tuple[str, ...]
+    compositions: Compositions
+    proxies: Proxies
+    proxy_tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
     limits: HttpLimits = field(default_factory=HttpLimits)
     workers: Workers = field(default_factory=Workers)
+    jobs: Jobs = field(default_factory=Jobs)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

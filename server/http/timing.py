@@ -18,6 +18,7 @@ class Times:
         self.gaps: list[float] = []
         self.tokens = 0
         self.queue: float | None = None  # seconds, from the engine
+        self.compose: float | None = None  # likewise
         self.finish_reason: str | None = None
         self._last = 0.0
 
@@ -52,5 +53,6 @@ def observed(metrics: Metrics, adapter: str | None, prompt_tokens: int, arrived:
             prompt_tokens=prompt_tokens,
             generation_tokens=times.tokens,
             queue=times.queue,
+            compose=times.compose,
             finish_reason=times.finish_reason or "abort",  # the client left: no error, and no end
         )

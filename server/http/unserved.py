@@ -24,12 +24,10 @@ IGNORED = frozenset(
 """For the caller's own book-keeping: they cannot change the output."""
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "adapters": ([],),
     "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
     "chat_template": (),
-    "combination": (),
     "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
@@ -38,11 +36,9 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "length_penalty": (1.0,),
-    "logit_arithmetic": ([],),
     "logits_processors": ([],),
     "modalities": (["text"],),
     "prediction": (),
-    "proxy": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),

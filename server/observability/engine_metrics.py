@@ -16,7 +16,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from weft.server.engine.info import AdapterStats, EngineStats, ModelInfo
-from weft.server.registry.records import BASE, AdapterRecord
+from weft.server.registry.names import Names
+from weft.server.registry.records import BASE, COMPOSED, AdapterRecord, residency
 
 TIERS = ("device", "host", "loading", "disk")
 
@@ -29,6 +30,12 @@ GAUGES: Mapping[str, tuple[str, str]] = {
     "slots_total": ("weft_adapter_slots", "Device slots for adapters."),
     "device_bytes_total": ("weft_adapter_device_capacity_bytes", "Device memory set aside for adapters."),
 }
+PROXY_GAUGES: Mapping[str, tuple[str, str]] = {
+    "running": ("weft_proxy_streams_running", "Streams of tokens running on a proxy model."),
+    "blocks_used": ("weft_proxy_kv_cache_blocks_used", "Pages of a proxy model's KV cache in use."),
+    "blocks_total": ("weft_proxy_kv_cache_blocks", "Pages of a proxy model's KV cache."),
+    "device_bytes": ("weft_proxy_adapter_device_bytes", "Device memory that adapters of a proxy model use."),
+}
 COUNTERS: Mapping[str, tuple[str, str]] = {
     "steps": ("weft_steps", "Forward passes."),
     "batch_tokens": ("weft_batch_tokens", "Tokens that went through forward passes."),
@@ -40,6 +47,11 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
         "Virtual tokens of adapters' own prompts computed: once per adapter, none per request.",
     ),
     "evictions": ("weft_adapter_evictions", "Adapters that lost their device slot to another."),
+    "composition_hits": ("weft_composition_hits", "Requests whose composition had been made before."),
+}
+SUMMARIES: Mapping[tuple[str, str], tuple[str, str]] = {
+    ("loads", "load_seconds_sum"): ("weft_adapter_load_seconds", "Transfers of adapters to the device."),
+    ("compositions", "composition_seconds_sum"): ("weft_composition_seconds", "Weighing adapters into a slot."),
 }
 ADAPTER_COUNTERS: Mapping[str, tuple[str, str]] = {
     "prompt_tokens": ("weft_prompt_tokens", "Prompt tokens accepted."),
@@ -65,8 +77,7 @@ class AdapterView(Protocol):
     """What is read of ``AdapterRegistry``."""
 
     on_unloaded: list[Callable[[str], None]]
-
-    def get(self, id: str) -> AdapterRecord: ...
+    names: Names
 
     def list(self) -> list[AdapterRecord]: ...
 
@@ -82,7 +93,7 @@ class Totals:
     def update(self, stats: EngineStats, life: int) -> None:
         """A snapshot of the engine's ``life``-th life."""
         if life != self._life:
-            for name in (*COUNTERS, "loads", "load_seconds_sum"):
+            for name in (*COUNTERS, *(field for fields in SUMMARIES for field in fields)):
                 self._before["", name] = self.value(name)
             for adapter in {*self._last.adapters, *(adapter for adapter, _ in self._before)}:
                 for name in ADAPTER_COUNTERS:
@@ -122,8 +133,9 @@ class EngineCollector(Collector):
         restarts = max(0, self._client.lives - 1)
         yield CounterMetricFamily("weft_engine_restarts", "Times the engine was started again.", value=restarts)
         yield from self._engine(stats)
-        yield from self._traffic(stats, records)
+        yield from self._traffic(stats)
         yield from _residency(stats, records)
+        yield from _proxy_models(stats)
         if self._client.lives:
             yield from _vllm(stats, self._client.info)
 
@@ -133,16 +145,14 @@ class EngineCollector(Collector):
         for field, (name, text) in COUNTERS.items():
             yield CounterMetricFamily(name, text, value=self._totals.value(field))
         yield _gauge("weft_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1.", _kv_usage(stats))
-        yield SummaryMetricFamily(
-            "weft_adapter_load_seconds",
-            "Transfers of adapters to the device.",
-            count_value=int(self._totals.value("loads")),
-            sum_value=self._totals.value("load_seconds_sum"),
-        )
+        for (count, total), (name, text) in SUMMARIES.items():
+            yield SummaryMetricFamily(
+                name, text, count_value=int(self._totals.value(count)), sum_value=self._totals.value(total)
+            )
 
-    def _traffic(self, stats: EngineStats, records: Iterable[AdapterRecord]) -> Iterator[Metric]:
+    def _traffic(self, stats: EngineStats) -> Iterator[Metric]:
         # label -> the engine's name
-        names = {BASE: "", **{record.id: record.id for record in records}}
+        names = {BASE: "", COMPOSED: COMPOSED, **{id: id for id in self._adapters.names.ids()}}
         for field, text in (("running", "Requests being generated."), ("waiting", "Requests waiting for their turn.")):
             gauge = GaugeMetricFamily(f"weft_requests_{field}", text, labels=("adapter",))
             for label, name in names.items():
@@ -163,14 +173,23 @@ def _residency(stats: EngineStats, records: Iterable[AdapterRecord]) -> Iterator
     for record in records:
         facts = {"version": record.version, "method": record.info.method, "state": record.state}
         info.add_metric((record.id,), facts)
+        where, references = residency(record, stats)
         for name in TIERS:
-            tier.add_metric((record.id, name), stats.tiers.get(record.version) == name)
+            tier.add_metric((record.id, name), where == name)
         size.add_metric((record.id,), record.info.nbytes)
-        holds.add_metric((record.id,), stats.refcounts.get(record.version, 0))
+        holds.add_metric((record.id,), references)
     memory = GaugeMetricFamily("weft_adapter_memory_bytes", "Memory that adapters use, by tier.", labels=("tier",))
     memory.add_metric(("device",), stats.device_bytes)
     memory.add_metric(("host",), stats.host_bytes)
     yield from (info, tier, size, holds, memory)
+
+
+def _proxy_models(stats: EngineStats) -> Iterator[Metric]:
+    for field, (name, text) in PROXY_GAUGES.items():
+        gauge = GaugeMetricFamily(name, text, labels=("model",))
+        for model, of in stats.proxies.items():
+            gauge.add_metric((model,), getattr(of, field))
+        yield gauge
 
 
 def _vllm(stats: EngineStats, model: ModelInfo) -> Iterator[Metric]:

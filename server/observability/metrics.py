@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import choose_encoder
 
-from weft.server.errors import NotFound
 from weft.server.observability.engine_metrics import AdapterView, EngineCollector, EngineView
-from weft.server.registry.records import BASE
+from weft.server.registry.records import BASE, COMPOSED
 
 UNLOADED = "__unloaded__"
 """Label of requests whose adapter was gone when they ended."""
@@ -39,6 +38,7 @@ class Metrics:
         self._itl = self._histogram("inter_token_latency_seconds", "Between two tokens of a request.", BETWEEN_TOKENS)
         self._e2e = self._histogram("request_seconds", "From arrival to the last token.", WHOLE)
         self._queue = self._histogram("request_queue_seconds", "From arrival to the first time it ran.", FIRST_TOKEN)
+        self._compose = self._histogram("request_compose_seconds", "Weighing a request's adapters.", BETWEEN_TOKENS)
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", TOKENS)
         self._generation = self._histogram("request_generation_tokens", "Tokens generated for a request.", TOKENS)
         adapters.on_unloaded.append(self.forget)
@@ -54,18 +54,20 @@ class Metrics:
         generation_tokens: int,
         finish_reason: str,
         queue: float | None = None,
+        compose: float | None = None,
     ) -> None:
         """A request ended. Call it while the adapter's lease is held.
 
         Args:
-            adapter: its id; None: the base.
+            adapter: the id it names, ``COMPOSED`` where it composes for itself; None: the base.
             ttft: seconds to the first token; None if there was none. queue: to the first time it ran, if known.
+            compose: that weighing its adapters took; None if it composes none.
             itls: seconds between tokens. e2e: seconds in all.
             finish_reason: one of a few fixed words.
         """
         label = self._label(adapter)
         self._requests.labels(label, finish_reason).inc()
-        for histogram, value in ((self._ttft, ttft), (self._queue, queue)):
+        for histogram, value in ((self._ttft, ttft), (self._queue, queue), (self._compose, compose)):
             if value is not None:
                 histogram.labels(label).observe(value)
         between = self._itl.labels(label)
@@ -78,7 +80,7 @@ class Metrics:
     def forget(self, adapter: str) -> None:
         """Drop the series of an adapter that is gone."""
         for metric in (
-            self._requests, self._ttft, self._itl, self._e2e, self._queue, self._prompt, self._generation
+            self._requests, self._ttft, self._itl, self._e2e, self._queue, self._compose, self._prompt, self._generation
         ):  # fmt: skip
             metric.remove_by_labels({"adapter": adapter})
 
@@ -93,7 +95,4 @@ class Metrics:
     def _label(self, adapter: str | None) -> str:
         if adapter is None:
             return BASE
-        try:
-            return self._adapters.get(adapter).id
-        except NotFound:
-            return UNLOADED
+        return adapter if adapter == COMPOSED or self._adapters.names.known(adapter) else UNLOADED

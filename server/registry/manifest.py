@@ -1,4 +1,4 @@
-"""What the registry remembers between runs: ids and their versions, in one JSON file that is written atomically."""
+"""What is remembered between runs, by id, in JSON files that are written atomically."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -18,7 +19,7 @@ SCHEMA = 1
 FILE = "adapters.json"
 
 
-class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One id, as it was asked for.
 
     Attributes:
@@ -26,6 +27,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         source: where it was read from.
         created: unix time in seconds of the first load of this id.
         info: how it was served when last loaded.
+        base: name of the proxy model it belongs to; None: the main one.
     """
 
     id: str
@@ -34,26 +36,34 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pinned: bool
     created: int
     info: AdapterInfo
+    base: str | None = None
 
 
-class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    schema: int
-    adapters: list[Entry]
+class Named(Protocol):
+    """What an entry has at least."""
+
+    @property
+    def id(self) -> str: ...
 
 
-class Manifest:
-    """Entries by id. What ``put`` and ``drop`` have returned from is on disk, whatever happens after.
+E = TypeVar("E", bound=Named)
 
-    Raises:
-        ConfigError: the file is there and cannot be read as a manifest.
-    """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / FILE
+class Manifest(Generic[E]):
+    """Entries by id. What ``put`` and ``drop`` have returned from is on disk, whatever happens after."""
+
+    def __init__(self, path: Path, key: str, kind: type[E]) -> None:
+        """Read ``path``, ``{"schema": 1, key: [entries of kind]}``.
+
+        Raises:
+            ConfigError: the file is there and cannot be read as a manifest.
+        """
+        self._path = path
+        self._key = key
         self._lock = asyncio.Lock()
-        self.entries: dict[str, Entry] = {entry.id: entry for entry in _read(self._path)}
+        self.entries: dict[str, E] = {entry.id: entry for entry in _read(path, key, kind)}
 
-    async def put(self, entry: Entry) -> None:
+    async def put(self, entry: E) -> None:
         """Add or replace an entry. Raises ``OSError``, and then nothing has changed."""
         async with self._lock:
             await self._write({**self.entries, entry.id: entry})
@@ -63,31 +73,34 @@ class Manifest:
         async with self._lock:
             await self._write({key: entry for key, entry in self.entries.items() if key != id})
 
-    async def _write(self, entries: dict[str, Entry]) -> None:
-        await asyncio.to_thread(_replace, self._path, _encode(entries.values()))
+    async def _write(self, entries: dict[str, E]) -> None:
+        await asyncio.to_thread(_replace, self._path, _encode(self._key, entries.values()))
         self.entries = entries
 
 
-def _encode(entries: Iterable[Entry]) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(_Document(SCHEMA, list(entries))), indent=2) + b"\n"
+def _encode(key: str, entries: Iterable[object]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode({"schema": SCHEMA, key: list(entries)}), indent=2) + b"\n"
 
 
-def _read(path: Path) -> list[Entry]:
+def _read(path: Path, key: str, kind: type[E]) -> list[E]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
         raise ConfigError(f"state_dir: cannot read {path}: {error.strerror}") from error
+    fields = [("schema", int), (key, list[kind])]  # type: ignore[valid-type]
+    document_type: Any = msgspec.defstruct("Document", fields, forbid_unknown_fields=True)
     try:
-        document = msgspec.json.decode(data, type=_Document)
+        document = msgspec.json.decode(data, type=document_type)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"state_dir: {path} is damaged ({error}); repair it, or move it away to start afresh"
         ) from None
     if document.schema != SCHEMA:
         raise ConfigError(f"state_dir: {path} has schema {document.schema}, and this version of weft reads {SCHEMA}")
-    return document.adapters
+    entries: list[E] = getattr(document, key)
+    return entries
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -6,13 +6,23 @@ import asyncio
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from weft.server.engine.info import AdapterInfo
+from weft.server.engine.info import AdapterInfo, EngineStats, ModelStats
 from weft.server.errors import InvalidRequest
 
 BASE = "__base__"
 """Stands for the base where an adapter's id is expected, as in PEFT; no adapter can have it."""
+COMPOSED = "__composed__"
+"""Names what one request composes for itself; no adapter can have it either."""
 MAX_ID_LENGTH = 256
+
+
+class Held(NamedTuple):
+    """What the engine knows an adapter by: a version, and the proxy model it is loaded for (None: the main one)."""
+
+    version: str
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class AdapterRecord:
         state: "loading" (not served yet), "ready", "draining" (being unloaded), or "failed": it could not be brought
             back after a restart; not served, but remembered, so that the operator replaces or unloads it.
         error: why it failed.
+        base: name of the proxy model it belongs to; None: the main one.
     """
 
     id: str
@@ -36,6 +47,17 @@ class AdapterRecord:
     info: AdapterInfo
     state: str
     error: str | None = None
+    base: str | None = None
+
+    @property
+    def held(self) -> Held:
+        return Held(self.version, self.base)
+
+
+def residency(record: AdapterRecord, stats: EngineStats) -> tuple[str | None, int]:
+    """The tier an adapter is in, None where the engine does not know it, and the live requests on its version."""
+    of = stats if record.base is None else stats.proxies.get(record.base, ModelStats())
+    return of.tiers.get(record.version), of.refcounts.get(record.version, 0)
 
 
 @dataclass
@@ -77,6 +99,8 @@ def _problem(id: str, base_names: Sequence[str]) -> str | None:
         return "must not be '.' or contain '/', '\\', ',' or '..'"
     if unicodedata.normalize("NFKC", id) != id:
         return "must be in Unicode normal form NFKC, so that two ids do not look the same"
+    if id.casefold() == COMPOSED:
+        return "is reserved"
     if id.casefold() in {name.casefold() for name in (BASE, *base_names)}:
-        return "is a name of the base model"
+        return "is a name of a base model"
     return None

@@ -23,8 +23,9 @@ from weft.adapters.store import Store, digest
 from weft.server.engine.info import AdapterInfo
 from weft.server.errors import Conflict, EngineUnavailable, InvalidRequest, NotFound
 from weft.server.registry.incoming import Fetched, Incoming
-from weft.server.registry.manifest import Entry, Manifest
-from weft.server.registry.records import AdapterRecord, Alias, check_id
+from weft.server.registry.manifest import FILE, Entry, Manifest
+from weft.server.registry.names import Names
+from weft.server.registry.records import AdapterRecord, Alias
 from weft.server.registry.versions import AdapterHost, Versions
 from weft.server.runtime.wire import RemoteError
 
@@ -41,8 +42,11 @@ class AdapterRegistry:
     """Adapters by id. All methods on one event loop; ``restore`` comes first.
 
     Attributes:
-        on_unloaded: called with the id once an adapter is gone.
+        on_unloaded: called with the id once an adapter is gone, or what else has had one of ``names``.
+        names: the ids, shared with all that is named beside adapters.
     """
+
+    kind = "adapter"
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class AdapterRegistry:
         roots: Sequence[Path],
         base_name: str,
         base_aliases: Sequence[str] = (),
+        proxy_models: Sequence[str] = (),
     ) -> None:
         """Read the manifest.
 
@@ -59,6 +64,7 @@ class AdapterRegistry:
             state_dir: this server's alone.
             roots: local sources must lie inside one of these.
             base_name, base_aliases: what the base is called, so that no adapter is.
+            proxy_models: names of the further models that adapters can belong to.
 
         Raises:
             ConfigError: the manifest is damaged.
@@ -66,10 +72,12 @@ class AdapterRegistry:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.on_unloaded: list[Callable[[str], None]] = []
         self._client = client
-        self._base_names = (base_name, *base_aliases)
+        self.names = Names((base_name, *base_aliases, *proxy_models))
+        self._bases = (None, *proxy_models)
+        self.names.join(self)
         self._incoming = Incoming(state_dir / "incoming", roots)
         self._store = Store(state_dir / "store")
-        self._manifest = Manifest(state_dir)
+        self._manifest = Manifest(state_dir / FILE, "adapters", Entry)
         self._versions = Versions(client, self._store)
         self._aliases: dict[str, Alias] = {}
         # Ids with a load or replace in progress, as they are to be shown meanwhile.
@@ -94,21 +102,22 @@ class AdapterRegistry:
         await self._pin_again()
         return [problem for problem in problems if problem is not None]
 
-    async def load(self, id: str, source: str, *, pinned: bool = False) -> AdapterRecord:
+    async def load(self, id: str, source: str, *, pinned: bool = False, base: str | None = None) -> AdapterRecord:
         """Serve the adapter in ``source`` as ``id``; it can be requested once this returns.
+
+        ``base``: the proxy model it belongs to; None: the main one.
 
         A caller that is cancelled while the source is fetched ends the load; later, the load goes on to its end.
 
         Raises:
-            InvalidRequest, Conflict: the id cannot be used, or is taken.
+            InvalidRequest, Conflict: the id cannot be used, or is taken; no such proxy model.
             AdapterError, EngineUnavailable: the adapter cannot be served; nothing is left behind.
         """
-        check_id(id, self._base_names)
-        if id in self._aliases or id in self._pending:
-            state = self.get(id).state
-            raise Conflict(f"adapter {id!r} exists already ({state})", param="id", code="adapter_exists")
+        self.names.check_free(id)
+        if base not in self._bases:
+            raise InvalidRequest(f"there is no model {base!a}", param="base", code="unknown_base")
         nothing = AdapterInfo(version="", method="", forms=(), rank=0, num_sites=0, nbytes=0)
-        return await self._bring(AdapterRecord(id, "", source, pinned, int(time.time()), nothing, "loading"))
+        return await self._bring(AdapterRecord(id, "", source, pinned, int(time.time()), nothing, "loading", base=base))
 
     async def replace(
         self, id: str, source: str, *, pinned: bool | None = None, if_match: str | None = None
@@ -133,11 +142,14 @@ class AdapterRegistry:
         pinned = old.pinned if pinned is None else pinned
         return await self._bring(replace(old, source=source, pinned=pinned))
 
-    async def ensure(self, id: str, source: str, *, pinned: bool = False) -> AdapterRecord:
+    async def ensure(self, id: str, source: str, *, pinned: bool = False, base: str | None = None) -> AdapterRecord:
         """``load`` it, or ``replace`` it if it is not served exactly so already. For adapters named at start."""
         if id not in self._aliases:
-            return await self.load(id, source, pinned=pinned)
+            return await self.load(id, source, pinned=pinned, base=base)
         record = self._aliases[id].record
+        if record.base != base:
+            of = "the main model" if record.base is None else repr(record.base)
+            raise Conflict(f"adapter {id!r} is there already, of {of}; unload it first", param="base")
         if record.state == "ready" and (record.source, record.pinned) == (source, pinned):
             fetched = await self._incoming.fetch(source)
             try:
@@ -186,6 +198,15 @@ class AdapterRegistry:
         served = {id: alias.record for id, alias in self._aliases.items()}
         return sorted((self._pending | served).values(), key=lambda record: (record.created, record.id))
 
+    def ids(self) -> Iterator[str]:
+        """As ``Names`` asks for them."""
+        yield from self._aliases.keys() | self._pending.keys()
+
+    def describe(self, id: str) -> str | None:
+        """As ``Names`` asks for it."""
+        taken = id in self._aliases or id in self._pending
+        return f"adapter {id!r} exists already ({self.get(id).state})" if taken else None
+
     @contextmanager
     def lease(self, id: str) -> Iterator[AdapterRecord]:
         """Hold the version that ``id`` stands for, from a request's beginning to its end.
@@ -199,11 +220,11 @@ class AdapterRegistry:
         alias = self._aliases[id]
         alias.leases += 1
         alias.idle.clear()
-        self._versions.hold(record.version)
+        self._versions.hold(record.held)
         try:
             yield record
         finally:
-            self._versions.release(record.version)
+            self._versions.release(record.held)
             alias.leases -= 1
             if alias.leases == 0:
                 alias.idle.set()
@@ -244,14 +265,14 @@ class AdapterRegistry:
         return record
 
     async def _commit(self, wanted: AdapterRecord, folder: Path) -> AdapterRecord:
-        info = await self._versions.acquire(folder)
+        info = await self._versions.acquire(folder, wanted.base)
         record = replace(wanted, version=info.version, info=info, state="ready", error=None)
         try:
             if record.pinned:
-                await self._pin(record)
+                await self._pin(record.base, record)
             await self._manifest.put(_entry(record))
         except BaseException:
-            self._versions.release(info.version)
+            self._versions.release(record.held)
             await self._versions.settle()
             raise
         alias = self._aliases.get(record.id)
@@ -261,21 +282,21 @@ class AdapterRegistry:
         old, held = alias.record, alias.holds_version
         alias.record, alias.holds_version = record, True
         if old.pinned:
-            await self._pin()
+            await self._pin(old.base)
         if held:
-            self._versions.release(old.version)  # freed now, or when its last request has ended
+            self._versions.release(old.held)  # freed now, or when its last request has ended
             await self._versions.settle()
         return record
 
-    async def _pin(self, coming: AdapterRecord | None = None) -> None:
-        """Tell the engine which versions stay on the device: those of pinned ids, and of one that is coming.
+    async def _pin(self, base: str | None, coming: AdapterRecord | None = None) -> None:
+        """Tell the engine which versions of a base stay on the device: those of pinned ids, and of one that is coming.
 
         Raises:
             AdapterTooLarge: the one that is coming would leave too little room for others.
         """
         records = [alias.record for alias in self._aliases.values() if alias.holds_version]
-        pinned = {record.version for record in [*records, *filter(None, [coming])] if record.pinned}
-        await self._client.pin_adapters(pinned)
+        wanted = [record for record in [*records, *filter(None, [coming])] if record.pinned and record.base == base]
+        await self._client.pin_adapters({record.version for record in wanted}, base)
 
     async def _drain(self, id: str, alias: Alias, before: AdapterRecord) -> None:
         try:
@@ -286,10 +307,10 @@ class AdapterRegistry:
         await alias.idle.wait()
         del self._aliases[id]
         if alias.holds_version:
-            self._versions.release(before.version)
-        if before.pinned:
+            self._versions.release(before.held)
+        if before.pinned and before.base in self._bases:
             with suppress(EngineUnavailable):  # then nothing is pinned
-                await self._pin()
+                await self._pin(before.base)
         for hook in self.on_unloaded:
             hook(id)
         await self._versions.settle()
@@ -298,8 +319,10 @@ class AdapterRegistry:
     async def _restore(self, entry: Entry) -> str | None:
         record = AdapterRecord(**{name: getattr(entry, name) for name in entry.__struct_fields__}, state="ready")
         try:
-            check_id(entry.id, self._base_names)  # the base may have got another name
-            info = await self._versions.adopt(entry.version)
+            self.names.check(entry.id)  # the base may have got another name
+            if entry.base not in self._bases:
+                raise InvalidRequest(f"its model {entry.base!r} is not among the proxy models")
+            info = await self._versions.adopt(record.held)
         except (InvalidRequest, AdapterError, RemoteError, OSError) as error:
             problem = f"adapter {entry.id!r} could not be restored: {error}"
             log.error("adapter.restore_failed", id=entry.id, version=entry.version, reason=str(error))
@@ -313,7 +336,7 @@ class AdapterRegistry:
         failed = await self._versions.replay()
         for alias in self._aliases.values():
             if alias.drain is None and alias.holds_version:
-                error = failed.get(alias.record.version)
+                error = failed.get(alias.record.held)
                 alias.record = replace(alias.record, state="failed" if error else "ready", error=error)
                 if error:
                     log.error("adapter.replay_failed", id=alias.record.id, reason=error)
@@ -321,10 +344,11 @@ class AdapterRegistry:
 
     async def _pin_again(self) -> None:
         """In a new engine. It may have less memory than the one before: then adapters are served unpinned."""
-        try:
-            await self._pin()
-        except AdapterError as error:
-            log.error("adapter.not_pinned", reason=str(error))
+        for base in self._bases:
+            try:
+                await self._pin(base)
+            except AdapterError as error:
+                log.error("adapter.not_pinned", reason=str(error))
 
     def _start(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
         """Run ``work`` to its end, whoever stops waiting for it."""

@@ -10,7 +10,7 @@ import asyncio
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,8 +138,11 @@ class EngineClient:
             shutil.rmtree(self._ipc_dir, ignore_errors=True)
             self._ipc_dir = None
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(self, request: EngineRequest, ids: Collection[str] = ()) -> AsyncGenerator[TokenDelta, None]:
         """The request's deltas, the last with a finish reason. Closing the generator early aborts the request.
+
+        Args:
+            ids: of the adapters it runs with; default: the one it is accounted under.
 
         Raises:
             RequestError: the engine refuses it (before the first delta), or ``cancel_streams`` ended it.
@@ -147,13 +150,13 @@ class EngineClient:
         """
         if self.unready_reason is not None:
             raise EngineUnavailable(self.unready_reason)
-        async with aclosing(self._alive().generate(request)) as deltas:
+        async with aclosing(self._alive().generate(request, ids)) as deltas:
             async for delta in deltas:
                 yield delta
 
-    def cancel_streams(self, adapter_name: str, error: Callable[[], RequestError]) -> int:
-        """Abort the requests accounted under an adapter's name; each stream raises an ``error()``. Their number."""
-        return self._link.cancel(adapter_name, error) if self._link else 0
+    def cancel_streams(self, id: str, error: Callable[[], RequestError]) -> int:
+        """Abort the requests that run with the adapter ``id``; each stream raises an ``error()``. Their number."""
+        return self._link.cancel(id, error) if self._link else 0
 
     async def register_adapter(self, version: str, folder: Path, model: str | None = None) -> AdapterInfo:
         """Have the engine read an adapter, also before ``ready``. Raises ``AdapterError``, ``EngineUnavailable``.

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import suppress
 from typing import Any
 
@@ -37,8 +37,9 @@ log = structlog.get_logger(__name__)
 class _Stream:
     """What waits for the reader of one request."""
 
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(self, request: EngineRequest, ids: Collection[str]) -> None:
         self.request = request
+        self.ids = ids
         self._queue: asyncio.Queue[TokenDelta | Exception] = asyncio.Queue()
 
     @property
@@ -133,14 +134,17 @@ class EngineLink:
             self._lifeline = None
         self._socket.close(linger=0)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(self, request: EngineRequest, ids: Collection[str] = ()) -> AsyncGenerator[TokenDelta, None]:
         """The request's deltas, up to and with the terminal one. Closing the generator early aborts the request.
+
+        Args:
+            ids: of the adapters it runs with; default: the one it is accounted under.
 
         Raises:
             RequestError: refused by the engine, cut off by ``cancel``, or read too slowly.
             EngineUnavailable: the engine's process ended.
         """
-        stream = self._submit(request)
+        stream = self._submit(request, ids or (request.adapter_name or "",))
         finished = False
         try:
             while not finished:
@@ -150,9 +154,9 @@ class EngineLink:
         finally:
             self._abort(request.request_id, stream)
 
-    def cancel(self, adapter_name: str, error: Callable[[], RequestError]) -> int:
-        """Abort every request accounted under ``adapter_name``; their streams raise. How many there were."""
-        found = [s for s in self._streams.values() if s is not None and s.request.adapter_name == adapter_name]
+    def cancel(self, id: str, error: Callable[[], RequestError]) -> int:
+        """Abort every request that runs with the adapter ``id``; their streams raise. How many there were."""
+        found = [s for s in self._streams.values() if s is not None and id in s.ids]
         for stream in found:
             self._abort(stream.request.request_id, stream)
             stream.put(error())
@@ -169,7 +173,7 @@ class EngineLink:
         finally:
             self._calls.pop(number, None)
 
-    def _submit(self, request: EngineRequest) -> _Stream:
+    def _submit(self, request: EngineRequest, ids: Collection[str]) -> _Stream:
         self._check_open()
         if request.request_id in self._streams:
             raise Conflict(f"a request with id {request.request_id!r} is in flight", param="request_id")
@@ -177,7 +181,7 @@ class EngineLink:
             self._send(wire.Submit(request))
         except (OverflowError, UnicodeEncodeError) as error:
             raise InvalidRequest(f"the request holds a value that cannot be sent to the engine: {error}") from None
-        stream = self._streams[request.request_id] = _Stream(request)
+        stream = self._streams[request.request_id] = _Stream(request, ids)
         return stream
 
     def _abort(self, request_id: str, stream: _Stream) -> None:

@@ -1,6 +1,7 @@
 """What a terminal shows while loading, and the commands printed at the end of it."""
 
 import io
+import json
 import shlex
 
 import pytest
@@ -57,6 +58,16 @@ def test_keys_are_left_to_the_shell() -> None:
     text = Greeting(**{**vars(GREETING), "api_key": "$WEFT_API_KEY"}).text()
     assert text.count('-H "Authorization: Bearer $WEFT_API_KEY"') == 3
     assert text.count('-H "Authorization: Bearer $WEFT_ADMIN_KEY"') == 1
+
+
+def test_proxy_models_are_greeted_with_a_steered_request() -> None:
+    proxies = {"small": ("x", "y"), "plain": ()}
+    text = Greeting(**{**vars(GREETING), "proxies": proxies}).text()
+    assert "# steer it with the proxy models small, plain" in text
+    (line,) = (line for line in text.splitlines() if '"expert"' in line)
+    body = json.loads(shlex.split(line)[-1])
+    assert body["model"] == "base" and body["proxy"]["expert"] == {"model": "small", "adapter": "x"}
+    assert "steer" not in GREETING.text()
 
 
 def test_many_adapters_are_not_all_listed() -> None:

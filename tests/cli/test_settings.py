@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from weft.server.cli.launch import check_names
 from weft.server.config import ConfigError, EngineConfig
-from weft.server.settings import Settings
+from weft.server.settings import GivenAdapter, Settings
 
 
 def write(text: str, path: str = "weft.toml") -> Path:
@@ -18,7 +19,9 @@ def write(text: str, path: str = "weft.toml") -> Path:
 def test_defaults_are_the_engines_own() -> None:
     config = Settings.load(model="some/model").engine_config()
     assert config == EngineConfig(model="some/model")
-    assert all(type(value) in {str, int, float, bool, type(None)} for value in dataclasses.asdict(config).values())
+    assert all(
+        type(value) in {str, int, float, bool, tuple, type(None)} for value in dataclasses.asdict(config).values()
+    )
 
 
 def test_flags_win_over_the_environment_over_the_file_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +107,45 @@ def test_quantization_reaches_the_engine(origin: str, monkeypatch: pytest.Monkey
     flags = {"quantization": "nf4"} if origin == "flag" else {}
     assert Settings.load(model="m", **flags).engine_config().quantization == "nf4"
     assert Settings.load(model="m", quantization="int8").engine_config().quantization == "int8"
+
+
+@pytest.mark.parametrize("origin", ["flag", "environment", "file"])
+def test_proxy_models_and_their_adapters(origin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags: dict[str, list[str]] = {}
+    if origin == "flag":
+        flags = {"proxy_model": ["small=/models/small", "s2=org/s2"], "adapter": ["a=/a", "small:x=/x", "other:y=/y"]}
+    elif origin == "environment":
+        monkeypatch.setenv("WEFT_PROXY_MODEL", "small=/models/small,s2=org/s2")
+        monkeypatch.setenv("WEFT_ADAPTER", "a=/a,small:x=/x,other:y=/y")
+    else:
+        write(
+            '[proxy_model]\nsmall = "/models/small"\ns2 = "org/s2"\n'
+            '[adapter]\na = "/a"\n"small:x" = "/x"\n"other:y" = "/y"\n'
+        )
+    settings = Settings.load(model="m", **flags)
+    assert settings.engine_config().proxy_models == (("small", "/models/small"), ("s2", "org/s2"))
+    assert settings.adapters == (
+        GivenAdapter("a", "/a"),
+        GivenAdapter("x", "/x", "small"),
+        GivenAdapter("other:y", "/y"),  # no model has that name: it is an id like any other
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"proxy_model": ["small"]}, "proxy_model: must be NAME=PATH"),
+        ({"proxy_model": ["=x"]}, "proxy_model: must be NAME=PATH"),
+        ({"proxy_model": ["s=x", "s=y"]}, "proxy_model: the name 's' is given twice"),
+        ({"proxy_model": ["s=x"], "adapter": ["a=1", "s:a=2"]}, "adapter: the id 'a' of s:a=2 is given twice"),
+        ({"proxy_model": ["s=x"], "adapter": ["s:=2"]}, "adapter: the id '' of s:=2 is empty"),
+        ({"proxy_model": ["s,t=x"]}, "proxy_model: 's,t' cannot be a model's name"),
+        ({"proxy_model": ["M=x"]}, "proxy_model: 'M' cannot be a model's name"),
+    ],
+)
+def test_proxy_models_that_make_no_sense(flags: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_names(Settings.load(model="org/m", served_model_name="m", **flags))
 
 
 @pytest.mark.parametrize(

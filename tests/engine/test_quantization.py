@@ -53,6 +53,7 @@ METHODS = [
     "vblora",
     "shadow",
     "shadow_own_embeddings",
+    "lily",
 ]
 """Cases that peft runs on quantised linears."""
 BY_WEIGHT = ["hra", "delora", "deft", "supertuning", "glora", "peanut", "hira_gaussian"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,8 @@ from weft.server.http.app import create_app
 from weft.server.http.auth import Keyring
 from weft.server.http.state import HttpLimits, ServerState
 from weft.server.observability.metrics import Metrics
+from weft.server.registry.compositions import Compositions
+from weft.server.registry.proxies import Proxies
 from weft.server.tokenization import Tokenizer
 
 ADMIN_KEY = "admin-key"
@@ -55,11 +58,12 @@ class Served:
         return error
 
 
-def events(reply: httpx.Response) -> list[Any]:
-    """The events of a stream; the last one, ``[DONE]``, as a string."""
+def events(reply: httpx.Response, *, comments: bool = False) -> list[Any]:
+    """The events of a stream; the last one, ``[DONE]``, as a string. Without its comments, if it may have some."""
     assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
     blocks = reply.text.split("\n\n")
     assert blocks.pop() == ""
+    blocks = [block for block in blocks if not (comments and block.startswith(":"))]
     assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
     data = [block.removeprefix("data: ") for block in blocks]
     return [item if item == "[DONE]" else orjson.loads(item) for item in data]
@@ -80,14 +84,15 @@ Serve = Callable[..., Served]
 
 
 @pytest.fixture
-async def serve(tokenizer: Tokenizer, apps: dict[HttpLimits, FastAPI]) -> AsyncIterator[Serve]:
+async def serve(tokenizer: Tokenizer, apps: dict[HttpLimits, FastAPI], tmp_path: Path) -> AsyncIterator[Serve]:
     """Makes servers: ``serve(api_keys=("k",), limits=HttpLimits(...))``."""
     made: list[Served] = []
 
     def make(
         *, api_keys: tuple[str, ...] = (), limits: HttpLimits | None = None, tokenizer: Tokenizer = tokenizer
     ) -> Served:
-        client, registry = FakeClient(tokenizer), FakeRegistry()
+        base_names = ("base", "alias/of-base")
+        client, registry = FakeClient(tokenizer), FakeRegistry(base_names)
         registry.add("a")
         state = ServerState(
             client=client,  # type: ignore[arg-type]
@@ -95,7 +100,9 @@ async def serve(tokenizer: Tokenizer, apps: dict[HttpLimits, FastAPI]) -> AsyncI
             tokenizer=tokenizer,
             metrics=Metrics(client, registry),
             keys=Keyring(ADMIN_KEY, api_keys),
-            base_names=("base", "alias/of-base"),
+            base_names=base_names,
+            compositions=Compositions(tmp_path / f"state-{len(made)}", registry),  # type: ignore[arg-type]
+            proxies=Proxies(tmp_path / f"state-{len(made)}", registry),  # type: ignore[arg-type]
             limits=limits or HttpLimits(),
         )
         if state.limits not in apps:
@@ -109,6 +116,7 @@ async def serve(tokenizer: Tokenizer, apps: dict[HttpLimits, FastAPI]) -> AsyncI
     yield make
     for served in made:
         await served.http.aclose()
+        await served.state.jobs.close()
         served.state.workers.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from weft.adapters.errors import AdapterError
 from weft.server.engine.info import AdapterInfo, EngineStats, ModelInfo
 from weft.server.engine.request import EngineRequest, TokenDelta, TokenLogprobs
 from weft.server.errors import Conflict, EngineUnavailable, NotFound, RequestError
+from weft.server.registry.names import Names
 from weft.server.registry.records import AdapterRecord
 from weft.server.tokenization import Tokenizer
 
@@ -74,8 +75,9 @@ class FakeClient:
     Attributes:
         output: text, token ids, or a function from the request to either.
         fail: raised before the first delta. fail_after: (tokens, error) raised in mid-stream.
+        loss: of every prompt token, in place of what ``logprob`` says.
         gate: when set, each token waits for it.
-        requests, aborted, finished: what came, and how it ended.
+        requests, aborted, finished: what came, and how it ended. holding: ids of the adapters that came with each.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -91,9 +93,11 @@ class FakeClient:
         self.fail_after: tuple[int, RequestError] | None = None
         self.finish: tuple[str, str | None] | None = None
         self.logprob: Callable[[int], float] = lambda token_id: -float(token_id) / 7
+        self.loss: Callable[[EngineRequest], float] | None = None
         self.gate: asyncio.Semaphore | None = None
         self.cached_tokens = 0
         self.requests: list[EngineRequest] = []
+        self.holding: dict[str, tuple[str, ...]] = {}
         self.aborted: list[str] = []
         self.finished: list[str] = []
 
@@ -110,8 +114,9 @@ class FakeClient:
         best = [(i, self.logprob(i)) for i in range(top)]
         return TokenLogprobs(token_id, self.logprob(token_id), token_id + 1, best)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(self, request: EngineRequest, ids: Collection[str] = ()) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append(request)
+        self.holding[request.request_id] = tuple(ids)
         if not self.ready:
             raise EngineUnavailable("the engine is restarting")
         if self.fail is not None:
@@ -132,6 +137,9 @@ class FakeClient:
         prompt = None
         if params.prompt_logprobs is not None:
             prompt = [None, *(self._logprobs(t, params.prompt_logprobs) for t in request.prompt_token_ids[1:])]
+            if self.loss is not None:
+                loss = self.loss(request)
+                prompt = [entry and replace(entry, logprob=-loss) for entry in prompt]
         for position, token_id in enumerate(output):
             if self.gate is not None:
                 await self.gate.acquire()
@@ -152,13 +160,18 @@ class FakeClient:
                 finish_reason=finish,
                 error=error,
                 cached_tokens=self.cached_tokens if position == 0 else 0,
+                compose_seconds=0.0025 if position == 0 and request.composition else None,
             )
 
 
 class FakeRegistry:
     """Ids in a dictionary. A source that has "broken" in it is a broken adapter."""
 
-    def __init__(self) -> None:
+    kind = "adapter"
+
+    def __init__(self, base_names: tuple[str, ...] = ("base",)) -> None:
+        self.names = Names(base_names)
+        self.names.join(self)
         self.records: dict[str, AdapterRecord] = {}
         self.leases: list[str] = []
         self.forced: list[float | None] = []
@@ -169,12 +182,11 @@ class FakeRegistry:
         self.records[id] = AdapterRecord(id, version, f"/adapters/{id}", False, int(time.time()), info, "ready")
         return self.records[id]
 
-    async def load(self, id: str, source: str, *, pinned: bool = False) -> AdapterRecord:
-        if id in self.records:
-            raise Conflict(f"adapter {id!r} exists already", param="id", code="adapter_exists")
+    async def load(self, id: str, source: str, *, pinned: bool = False, base: str | None = None) -> AdapterRecord:
+        self.names.check_free(id)
         if "broken" in source:
             raise AdapterError("tensor 'x' is missing", param="x")
-        return self._put(replace(self.add(id), source=source, pinned=pinned))
+        return self._put(replace(self.add(id), source=source, pinned=pinned, base=base))
 
     async def replace(
         self, id: str, source: str, *, pinned: bool | None = None, if_match: str | None = None
@@ -196,6 +208,12 @@ class FakeRegistry:
         if id not in self.records:
             raise NotFound(f"adapter {id!r} is not served", param="model")
         return self.records[id]
+
+    def ids(self) -> list[str]:
+        return [*self.records]
+
+    def describe(self, id: str) -> str | None:
+        return f"adapter {id!r} exists already" if id in self.records else None
 
     def list(self) -> list[AdapterRecord]:
         return list(self.records.values())

@@ -27,6 +27,8 @@ from weft.server.http.auth import Keyring
 from weft.server.http.state import ServerState
 from weft.server.observability.logs import LogConfig
 from weft.server.observability.metrics import Metrics
+from weft.server.registry.compositions import Compositions
+from weft.server.registry.proxies import Proxies
 from weft.server.registry.registry import AdapterRegistry
 from weft.server.runtime.client import EngineClient
 from weft.server.tokenization import Tokenizer
@@ -94,7 +96,10 @@ async def whole(
             await registry.load(name, str(folders[name]))
         tokenizer = Tokenizer.load(str(folders["base"]), max_model_len=client.info.max_model_len)
         assert tokenizer is not None
-        state = ServerState(client, registry, tokenizer, Metrics(client, registry), Keyring(ADMIN_KEY), ("base",))
+        compositions = Compositions(tmp_path_factory.mktemp("compositions"), registry)
+        proxies = Proxies(tmp_path_factory.mktemp("proxies"), registry)
+        keys, metrics = Keyring(ADMIN_KEY), Metrics(client, registry)
+        state = ServerState(client, registry, tokenizer, metrics, keys, ("base",), compositions, proxies)
         transport = httpx.ASGITransport(create_app(state))
         async with httpx.AsyncClient(transport=transport, base_url="http://weft", timeout=60) as http:
             yield Whole(http, client, registry, tokenizer, folders, references)

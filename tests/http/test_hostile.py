@@ -321,6 +321,11 @@ PATHS = [
     ("POST", "/detokenize"),
     ("POST", "/admin/adapters"),
     ("PUT", "/admin/adapters/a"),
+    ("POST", "/admin/compositions"),
+    ("PUT", "/admin/compositions/a"),
+    ("POST", "/admin/compositions/fit"),
+    ("GET", "/admin/jobs/a"),
+    ("POST", "/admin/proxies"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
 ]
@@ -331,6 +336,7 @@ BASES: list[dict[str, Any]] = [
     {"model": "a", "messages": MESSAGES, "max_tokens": 2, "stream": True},
     {"tokens": [5, 6]},
     {"id": "b", "source": "/x"},
+    {"id": "b", "adapters": [{"id": "a", "weight": 1}]},
     {"lora_name": "b", "lora_path": "/x"},
 ]
 FUZZ = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as RustTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from tests.http.fakes import CHAT_TEMPLATE, byte_level_tokenizer
 from weft.server.config import ConfigError
 from weft.server.errors import InvalidRequest
-from weft.server.tokenization import MIN_CHAR_LIMIT, Tokenizer
+from weft.server.tokenization import MIN_CHAR_LIMIT, Tokenizer, check_vocabulary
 
 
 @pytest.fixture
@@ -103,3 +108,60 @@ def test_a_broken_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {}')
     with pytest.raises(ConfigError, match="cannot read the tokenizer"):
         Tokenizer.load(str(folder))
+
+
+def with_changes(change: Any) -> Tokenizer:
+    """The small tokenizer, its ``tokenizer.json`` changed."""
+    written = json.loads(byte_level_tokenizer().backend_tokenizer.to_str())
+    change(written)
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=RustTokenizer.from_str(json.dumps(written))))
+
+
+def swap(written: Any) -> None:
+    vocab = written["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+
+def drop_merge(written: Any) -> None:
+    written["model"]["merges"].pop()
+
+
+def add_token(written: Any) -> None:
+    written["added_tokens"].append({**written["added_tokens"][-1], "id": 400, "content": "<|more|>"})
+
+
+def lower(written: Any) -> None:
+    written["normalizer"] = {"type": "Lowercase"}
+
+
+def prefix_space(written: Any) -> None:
+    written["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def no_bos(written: Any) -> None:
+    written["post_processor"] = None
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (swap, "vocabulary"),
+        (drop_merge, "merges"),
+        (add_token, "added tokens"),
+        (lower, "normalizer"),
+        (prefix_space, "pre-tokenizer"),
+    ],
+)
+def test_a_proxy_model_must_have_the_same_vocabulary(change: Any, part: str) -> None:
+    main, other = Tokenizer(byte_level_tokenizer()), with_changes(change)
+    with pytest.raises(ConfigError, match=rf"^proxy_model: small .* differ in {part} \(fingerprint") as caught:
+        check_vocabulary("small", other, main)
+    assert len(set(re.findall("[0-9a-f]{64}", str(caught.value)))) == 2
+
+
+def test_templates_and_tokens_around_a_text_may_differ() -> None:
+    main = Tokenizer(byte_level_tokenizer())
+    check_vocabulary("small", Tokenizer(byte_level_tokenizer(chat_template=None)), main)
+    other = with_changes(no_bos)
+    assert other.encode("x") != main.encode("x")
+    check_vocabulary("small", other, main)

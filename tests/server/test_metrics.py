@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from weft.server.engine.info import AdapterInfo, AdapterStats, EngineStats, ModelInfo
+from weft.server.engine.info import AdapterInfo, AdapterStats, EngineStats, ModelInfo, ModelStats
 from weft.server.errors import EngineUnavailable, NotFound
 from weft.server.observability.metrics import Metrics
+from weft.server.registry.names import Names
 from weft.server.registry.records import AdapterRecord
 
 MODEL = ModelInfo("m", "llama", "Llama", "f", "float32", "cpu", 100, 512, (0,), 1, 128, 16, 64, 8, 0.5)
@@ -45,7 +46,11 @@ class Engine:
 
 
 class Adapters:
+    kind = "adapter"
+
     def __init__(self) -> None:
+        self.names = Names(("base",))
+        self.names.join(self)
         self.on_unloaded: list[Callable[[str], None]] = []
         self.records: dict[str, AdapterRecord] = {}
 
@@ -65,6 +70,12 @@ class Adapters:
 
     def list(self) -> list[AdapterRecord]:
         return list(self.records.values())
+
+    def ids(self) -> Iterable[str]:
+        return [*self.records]
+
+    def describe(self, id: str) -> str | None:
+        return f"adapter {id!r}" if id in self.records else None
 
 
 class Server:
@@ -140,6 +151,27 @@ def test_gauges_follow_the_newest_snapshot(server: Server) -> None:
         ("vllm:cache_config_info", "16", "128"): 1,
     }
     assert {key: values.get(key) for key in expected} == expected
+
+
+def test_proxy_models_and_their_adapters(server: Server) -> None:
+    server.engine.start()
+    server.adapters.add("x")
+    server.adapters.records["x"] = replace(server.adapters.records["x"], base="small")
+    of = ModelStats(
+        running=3, blocks_used=5, blocks_total=9, tiers={"v-x": "host"}, refcounts={"v-x": 2}, device_bytes=7
+    )
+    server.engine.push(EngineStats(tiers={"v-x": "device"}, proxies={"small": of}))
+    values = server.scrape()
+    expected = {
+        ("weft_proxy_streams_running", "small"): 3,
+        ("weft_proxy_kv_cache_blocks_used", "small"): 5,
+        ("weft_proxy_kv_cache_blocks", "small"): 9,
+        ("weft_proxy_adapter_device_bytes", "small"): 7,
+        ("weft_adapter_tier", "x", "host"): 1,
+        ("weft_adapter_tier", "x", "device"): 0,
+        ("weft_adapter_references", "x"): 2,
+    }
+    assert {key: values[key] for key in expected} == expected
 
 
 def test_routers_find_one_lora_series_with_the_time(server: Server) -> None:

@@ -22,7 +22,7 @@ from weft.server.engine.info import AdapterInfo
 from weft.server.engine.request import EngineRequest, SamplingParams
 from weft.server.errors import Conflict, EngineUnavailable, InvalidRequest, NotFound, RequestError
 from weft.server.registry import incoming, manifest
-from weft.server.registry.records import AdapterRecord, check_id
+from weft.server.registry.records import AdapterRecord, Held, check_id
 from weft.server.registry.registry import AdapterRegistry
 from weft.server.runtime.client import EngineClient
 
@@ -33,16 +33,21 @@ class Host:
     def __init__(self) -> None:
         self.on_restart: list[Callable[[], Awaitable[None]]] = []
         self.known: set[str] = set()
-        self.pinned: set[str] = set()
+        self.pins: dict[str | None, set[str]] = {}
         self.max_pinned = 1000
         self.registrations = 0
+        self.models: list[tuple[str, str | None]] = []  # what is known, and of which model
         self.refuse: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
         self.cancelled: list[str] = []
         self.revoke: Callable[[RequestError], None] = lambda error: None
 
-    async def register_adapter(self, version: str, folder: Path) -> AdapterInfo:
+    @property
+    def pinned(self) -> set[str]:
+        return set().union(*self.pins.values())
+
+    async def register_adapter(self, version: str, folder: Path, model: str | None = None) -> AdapterInfo:
         await self.gate.wait()
         await asyncio.sleep(0)
         if self.refuse:
@@ -50,28 +55,34 @@ class Host:
         assert digest(folder) == version
         self.registrations += 1
         self.known.add(version)
+        self.models.append((version, model))
         return AdapterInfo(version, "LORA", ("LowRank",), 8, 4, 1024)
 
-    async def unregister_adapter(self, version: str) -> None:
+    async def unregister_adapter(self, version: str, model: str | None = None) -> None:
         await asyncio.sleep(0)
+        self.models.remove((version, model))
+        if any(known == version for known, _ in self.models):
+            return
         self.known.remove(version)
-        self.pinned.discard(version)
+        for pins in self.pins.values():
+            pins.discard(version)
 
-    async def pin_adapters(self, versions: Iterable[str]) -> None:
+    async def pin_adapters(self, versions: Iterable[str], model: str | None = None) -> None:
         wanted = set(versions)
-        assert wanted <= self.known
+        assert wanted <= {known for known, of in self.models if of == model}
         if len(wanted) > self.max_pinned:
             raise AdapterTooLarge("pinned adapters take all slots", param="max_adapters")
-        self.pinned = wanted
+        self.pins[model] = wanted
 
-    def cancel_streams(self, adapter_name: str, error: Callable[[], RequestError]) -> int:
-        self.cancelled.append(adapter_name)
+    def cancel_streams(self, id: str, error: Callable[[], RequestError]) -> int:
+        self.cancelled.append(id)
         self.revoke(error())
         return 1
 
     async def restart(self) -> None:
         self.known.clear()
-        self.pinned.clear()
+        self.models.clear()
+        self.pins.clear()
         for hook in self.on_restart:
             await hook()
 
@@ -79,7 +90,7 @@ class Host:
 class Bench:
     """A registry, its state directory, and sources: ``a``, ``b``, ``c`` of different content; ``a2`` equals ``a``."""
 
-    def __init__(self, root: Path, base_name: str = "base") -> None:
+    def __init__(self, root: Path, base_name: str = "base", proxy_models: tuple[str, ...] = ("small",)) -> None:
         self.root = root
         self.state = root / "state"
         self.sources = root / "sources"
@@ -87,7 +98,9 @@ class Bench:
             for name, rank in (("a", 1), ("b", 2), ("c", 3), ("a2", 1)):
                 adapter_folder(self.sources, name, r=rank)
         self.host = Host()
-        self.registry = AdapterRegistry(self.host, self.state, roots=[self.sources], base_name=base_name)
+        self.registry = AdapterRegistry(
+            self.host, self.state, roots=[self.sources], base_name=base_name, proxy_models=proxy_models
+        )
 
     def source(self, name: str) -> str:
         return str(self.sources / name)
@@ -296,8 +309,9 @@ async def test_a_failure_at_any_stage_leaves_nothing(
     if held:
         await bench.load("other", "a2")
         before = {"other": "a2"}
-        bench.host.known.clear()  # so that the next load registers again
-        bench.registry._versions._versions[bench.version("a")].registered = False
+        bench.host.known.clear()
+        bench.host.models.clear()  # so that the next load registers again
+        bench.registry._versions._versions[Held(bench.version("a"))].registered = False
     source, error = bench.source("a"), OSError
     failure = OSError(28, "No space left on device")
 
@@ -426,8 +440,60 @@ async def test_an_id_that_has_become_the_base_s_name_is_not_served(bench: Bench)
     await bench.load("x", "a")
     again = Bench(bench.root, base_name="X")
     (problem,) = await again.registry.restore()
-    assert "name of the base" in problem and again.registry.get("x").state == "failed"
+    assert "name of a base" in problem and again.registry.get("x").state == "failed"
     assert again.host.known == set()
+
+
+async def test_an_adapter_of_a_proxy_model_remembers_it(bench: Bench) -> None:
+    version = bench.version("a")
+    record = await bench.registry.load("x", bench.source("a"), base="small", pinned=True)
+    assert record.base == "small" and bench.host.models == [(version, "small")]
+    await bench.load("y", "a")  # the same content, for the main model
+    assert bench.host.models == [(version, "small"), (version, None)]
+    with pytest.raises(InvalidRequest, match="there is no model") as caught:
+        await bench.registry.load("z", bench.source("a"), base="big")
+    assert caught.value.param == "base"
+    with pytest.raises(Conflict, match="unload it first"):
+        await bench.registry.ensure("x", bench.source("b"))
+    again = Bench(bench.root)
+    assert await again.registry.restore() == []
+    assert sorted(again.host.models, key=str) == [(version, "small"), (version, None)]
+    assert [again.registry.get(id).base for id in "xy"] == ["small", None] and again.host.pinned == {version}
+    await again.host.restart()
+    assert sorted(again.host.models, key=str) == [(version, "small"), (version, None)]
+    assert (await again.registry.replace("x", again.source("b"))).base == "small"
+    await again.registry.unload("y")
+    assert again.host.models == [(again.version("b"), "small")] and again.stored() == {again.version("b")}
+
+
+async def test_one_content_stays_in_the_store_while_a_model_has_it(bench: Bench) -> None:
+    await bench.registry.load("x", bench.source("a"), base="small")
+    await bench.load("y", "a")
+    with bench.registry.lease("x"):
+        unloading = asyncio.create_task(bench.registry.unload("x"))
+        await bench.registry.unload("y")
+        assert bench.host.models == [(bench.version("a"), "small")] and bench.stored() == {bench.version("a")}
+    await unloading
+    assert bench.host.models == [] and bench.stored() == set()
+
+
+async def test_an_adapter_whose_proxy_model_is_gone_waits_for_it(bench: Bench) -> None:
+    await bench.registry.load("x", bench.source("a"), base="small", pinned=True)
+    without = Bench(bench.root, proxy_models=())
+    (problem,) = await without.registry.restore()
+    assert "'small'" in problem and without.registry.get("x").state == "failed" and without.host.models == []
+    again = Bench(bench.root)
+    assert await again.registry.restore() == [] and again.registry.get("x").state == "ready"
+    without = Bench(bench.root, proxy_models=())
+    await without.registry.restore()
+    await without.registry.unload("x")
+    assert not await Bench(bench.root).registry.restore() and not Bench(bench.root).registry.list()
+
+
+async def test_a_manifest_without_bases_is_read_and_written_as_before(bench: Bench) -> None:
+    await bench.load("x", "a")
+    (entry,) = json.loads((bench.state / manifest.FILE).read_text())["adapters"]
+    assert "base" not in entry and "pinned" in entry and "created" in entry
 
 
 async def test_a_lost_copy_can_be_unloaded(bench: Bench) -> None:

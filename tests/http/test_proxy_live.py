@@ -1,0 +1,182 @@
+"""Proxy-tuning through the whole server, against a loop over three models by transformers and peft."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+import torch
+
+from tests.http.conftest import ADMIN, ADMIN_KEY
+from tests.http.fakes import byte_level_tokenizer
+from tests.support.adapters import PeftReference, make_lora
+from tests.support.models import tiny_model
+from weft.server.config import EngineConfig
+from weft.server.http.app import create_app
+from weft.server.http.auth import Keyring
+from weft.server.http.state import ServerState
+from weft.server.observability.logs import LogConfig
+from weft.server.observability.metrics import Metrics
+from weft.server.registry.compositions import Compositions
+from weft.server.registry.proxies import Proxies
+from weft.server.registry.registry import AdapterRegistry
+from weft.server.runtime.client import EngineClient
+from weft.server.tokenization import Tokenizer
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # one engine for all
+
+TOLERANCE = 1e-3
+TOKENS = 10
+PROMPT = "the quick brown"
+PADDING = 24
+"""Logits of the small model beyond the vocabulary."""
+PROXY = {"expert": {"model": "small", "adapter": "x"}, "anti_expert": {"model": "small"}}
+
+
+@dataclass
+class Whole:
+    """A server with the adapter ``a``, and the proxy model ``small`` with ``x``."""
+
+    http: httpx.AsyncClient
+    registry: AdapterRegistry
+    tokenizer: Tokenizer
+    folders: dict[str, Path]
+    references: dict[str, PeftReference]
+
+    async def choice(self, **body: Any) -> Any:
+        asked = {"model": "base", "prompt": PROMPT, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
+        asked |= {"logprobs": 0, "return_token_ids": True}
+        reply = await self.http.post("/v1/completions", json=asked | body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["choices"][0]
+
+    def expected(self, weights: dict[str, float], prompts: dict[str, list[int]] | None = None) -> tuple[Any, Any]:
+        """Greedy tokens of the weighed sum, and their log-probabilities, each model run alone without a cache."""
+        prompt, width = self.tokenizer.encode(PROMPT), len(self.tokenizer.backend)
+        tokens: list[int] = []
+        logprobs = []
+        for _ in range(TOKENS):
+            scores = sum(
+                weight * self.references[name].logits([*(prompts or {}).get(name, prompt), *tokens])[-1][:width]
+                for name, weight in weights.items()
+            )
+            assert isinstance(scores, torch.Tensor)
+            logprobs.append(float(scores.log_softmax(-1).max()))
+            tokens.append(int(scores.argmax()))
+        return tokens, torch.tensor(logprobs)
+
+    def assert_same(self, choice: Any, expected: tuple[Any, Any]) -> None:
+        assert choice["token_ids"] == expected[0]
+        given = torch.tensor(choice["logprobs"]["token_logprobs"])
+        assert (given - expected[1]).abs().max() < TOLERANCE
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Whole]:
+    root = tmp_path_factory.mktemp("served")
+    tokenizer = byte_level_tokenizer()
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    base = tiny_model("llama", root / "base", vocab_size=len(tokenizer), **special)
+    small = tiny_model("gpt2", root / "small", seed=3, vocab_size=len(tokenizer) + PADDING, **special)
+    for folder in (base, small):
+        tokenizer.save_pretrained(folder)
+    folders = {
+        "a": make_lora(base, root / "a", seed=1, r=4, target_modules=["q_proj", "down_proj"]),
+        "x": make_lora(small, root / "x", seed=2, r=8, target_modules=["c_attn", "c_proj"]),
+    }
+    references = {"base": PeftReference(base), "small": PeftReference(small)}
+    references |= {"a": PeftReference(base, folders["a"]), "x": PeftReference(small, folders["x"])}
+    config = EngineConfig(
+        str(base), device="cpu", dtype="float32", max_num_seqs=8, block_size=8, proxy_models=(("small", str(small)),)
+    )
+    client = EngineClient(config, logging=LogConfig("warning"))
+    await client.start()
+    try:
+        state_dir = tmp_path_factory.mktemp("state")
+        registry = AdapterRegistry(client, state_dir, roots=[root], base_name="base", proxy_models=("small",))
+        await registry.load("a", str(folders["a"]))
+        await registry.load("x", str(folders["x"]), base="small")
+        loaded = Tokenizer.load(str(base), max_model_len=client.info.max_model_len)
+        assert loaded is not None
+        state = ServerState(
+            client,
+            registry,
+            loaded,
+            Metrics(client, registry),
+            Keyring(ADMIN_KEY),
+            ("base",),
+            Compositions(state_dir, registry),
+            Proxies(state_dir, registry),
+            {"small": loaded},
+        )
+        transport = httpx.ASGITransport(create_app(state))
+        async with httpx.AsyncClient(transport=transport, base_url="http://weft", timeout=60) as http:
+            yield Whole(http, registry, loaded, folders, references)
+        state.workers.close()
+    finally:
+        await client.stop()
+
+
+async def test_steered_requests_equal_three_models_run_one_after_the_other(whole: Whole) -> None:
+    async def check(alpha: float) -> list[int]:
+        choice = await whole.choice(proxy={**PROXY, "alpha": alpha})
+        whole.assert_same(choice, whole.expected({"base": 1.0, "x": alpha, "small": -alpha}))
+        tokens: list[int] = choice["token_ids"]
+        return tokens
+
+    answers = await asyncio.gather(*map(check, (0.0, 0.5, 1.0, 2.0)))
+    assert answers[0] == (await whole.choice())["token_ids"]
+    assert len({tuple(answer) for answer in answers}) > 1, "the proxy steers"
+
+
+async def test_an_adapter_is_steered_beside_requests_that_are_not(whole: Whole) -> None:
+    steered, plain, own = await asyncio.gather(
+        whole.choice(model="a", proxy=PROXY),
+        whole.choice(model="a"),
+        whole.choice(proxy={"expert": {"adapter": "a"}, "anti_expert": {"model": "base"}, "alpha": 2}),
+    )
+    whole.assert_same(steered, whole.expected({"a": 1.0, "x": 1.0, "small": -1.0}))
+    whole.assert_same(plain, whole.expected({"a": 1.0}))
+    whole.assert_same(own, whole.expected({"base": -1.0, "a": 2.0}))
+
+
+async def test_a_term_on_another_prompt(whole: Whole) -> None:
+    whole.references["again"] = whole.references["base"]
+    choice = await whole.choice(logit_arithmetic=[{"weight": 2}, {"weight": -0.5, "prompt": "a dog"}])
+    prompts = {"again": whole.tokenizer.encode("a dog")}
+    whole.assert_same(choice, whole.expected({"base": 2.0, "again": -0.5}, prompts))
+
+
+async def test_a_named_proxy(whole: Whole) -> None:
+    body = {"id": "p", **PROXY, "alpha": 0.5, "base": "a"}
+    reply = await whole.http.post("/admin/proxies", json=body, headers=ADMIN)
+    assert reply.status_code == 201, reply.text
+    whole.assert_same(await whole.choice(model="p"), whole.expected({"a": 1.0, "x": 0.5, "small": -0.5}))
+    card = (await whole.http.get("/admin/adapters/x", headers=ADMIN)).json()
+    assert card["base"] == "small" and card["tier"] == "device" and card["refcount"] == 0
+    text = (await whole.http.get("/metrics")).text
+    assert 'weft_requests_total{adapter="p",finish_reason="length"} 1.0' in text
+    assert 'weft_proxy_kv_cache_blocks{model="small"}' in text
+    await whole.registry.unload("x")
+    refused = await whole.http.post("/v1/completions", json={"model": "p", "prompt": PROMPT})
+    assert refused.status_code == 409 and "'x'" in refused.json()["error"]["message"]
+    await whole.registry.load("x", str(whole.folders["x"]), base="small")
+    whole.assert_same(await whole.choice(model="p"), whole.expected({"a": 1.0, "x": 0.5, "small": -0.5}))
+
+
+async def test_what_the_engine_refuses_names_the_requests_field(whole: Whole) -> None:
+    terms = [{"weight": 1}, *({"weight": 0.1, "prompt": [5, 6, i + 10]} for i in range(9))]
+    reply = await whole.http.post(
+        "/v1/completions", json={"model": "base", "prompt": PROMPT, "logit_arithmetic": terms}
+    )
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "logit_arithmetic"
+    reply = await whole.http.post(
+        "/v1/completions", json={"model": "base", "prompt": PROMPT, "proxy": {**PROXY, "alpha": 1}, "echo": True}
+    )
+    assert reply.status_code == 200
