@@ -14,11 +14,10 @@ import msgspec
 
 from weft.adapters.composition import Combination, Composition, Member
 from weft.adapters.search import SearchError, SearchSettings, Trial, Weights, WeightSearch, penalty
-from weft.server.engine.request import EngineRequest, SamplingParams
+from weft.server.engine.request import COMPOSED, EngineRequest, SamplingParams
 from weft.server.errors import Conflict, EngineUnavailable, NotFound, Overloaded
 from weft.server.jobs import Job
 from weft.server.registry.compositions import Compositions, NamedComposition, WeighedId
-from weft.server.registry.records import COMPOSED
 from weft.server.runtime.client import EngineClient
 
 PRIORITY = 1 << 20

@@ -9,8 +9,9 @@ from types import MappingProxyType
 from weft.adapters.residency import Residency
 from weft.server.engine.batch import Batch
 from weft.server.engine.info import AdapterStats, EngineStats, ModelStats
+from weft.server.engine.request import COMPOSED
 from weft.server.engine.scheduler import Lane, Scheduler
-from weft.server.engine.sequence import UNNAMED_COMPOSITION, Sequence
+from weft.server.engine.sequence import Sequence
 
 
 class Counters:
@@ -25,7 +26,7 @@ class Counters:
     def accepted(self, seq: Sequence) -> None:
         """A request was accepted."""
         version = seq.request.adapter or next(iter(seq.parents), None)
-        if version is not None and seq.name != UNNAMED_COMPOSITION:
+        if version is not None and seq.name != COMPOSED:
             self._versions[seq.name] = version
         self._of(seq)["prompt_tokens"] += seq.prompt_len
 

@@ -9,6 +9,8 @@ from weft.adapters.composition import Composition
 from weft.server.engine.arithmetic import LogitArithmetic
 from weft.server.errors import InvalidRequest
 
+COMPOSED = "__composed__"
+"""Compositions without a name of their own are accounted together: there is no end of weightings. No adapter's id."""
 MAX_LOGPROBS = 64
 """Upper bound on ``logprobs`` and ``prompt_logprobs``, so that one request cannot ask for a vocabulary per token."""
 

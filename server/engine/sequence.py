@@ -10,10 +10,7 @@ import torch
 
 from weft.adapters.forms import Prompt
 from weft.server.engine.blocks import activated_key, block_key
-from weft.server.engine.request import EngineRequest, TokenLogprobs
-
-UNNAMED_COMPOSITION = "composition"
-"""Compositions without a name of their own are accounted together: there is no end of weightings."""
+from weft.server.engine.request import COMPOSED, EngineRequest, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,7 @@ class Sequence:
     def name(self) -> str:
         """Under which its traffic is accounted."""
         if self.request.composition is not None:
-            return self.request.adapter_name or UNNAMED_COMPOSITION
+            return self.request.adapter_name or COMPOSED
         return self.request.adapter_name or self.request.adapter or ""
 
     def slots(self, start: int, stop: int) -> list[int]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from weft.adapters.choices import Choice
 from weft.adapters.composition import Combination, Composition, Member
+from weft.server.engine.request import COMPOSED
 from weft.server.errors import Conflict, InvalidRequest, NotFound
 from weft.server.http.state import ServerState
 from weft.server.registry.compositions import WeighedId
-from weft.server.registry.records import COMPOSED, AdapterRecord
+from weft.server.registry.records import AdapterRecord
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from weft.server.engine.info import AdapterStats, EngineStats, ModelInfo
+from weft.server.engine.request import COMPOSED
 from weft.server.registry.names import Names
-from weft.server.registry.records import BASE, COMPOSED, AdapterRecord, residency
+from weft.server.registry.records import BASE, AdapterRecord, residency
 
 TIERS = ("device", "host", "loading", "disk")
 

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import choose_encoder
 
+from weft.server.engine.request import COMPOSED
 from weft.server.observability.engine_metrics import AdapterView, EngineCollector, EngineView
-from weft.server.registry.records import BASE, COMPOSED
+from weft.server.registry.records import BASE
 
 UNLOADED = "__unloaded__"
 """Label of requests whose adapter was gone when they ended."""

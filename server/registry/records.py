@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from weft.server.engine.info import AdapterInfo, EngineStats, ModelStats
+from weft.server.engine.request import COMPOSED
 from weft.server.errors import InvalidRequest
 
 BASE = "__base__"
 """Stands for the base where an adapter's id is expected, as in PEFT; no adapter can have it."""
-COMPOSED = "__composed__"
-"""Names what one request composes for itself; no adapter can have it either."""
 MAX_ID_LENGTH = 256
 
 

@@ -34,7 +34,7 @@ from tests.support.models import tiny_model
 from weft.adapters.composition import Combination, Composition, Member
 from weft.server.config import EngineConfig
 from weft.server.engine.engine import Engine
-from weft.server.engine.request import EngineRequest, SamplingParams
+from weft.server.engine.request import COMPOSED, EngineRequest, SamplingParams
 from weft.server.errors import InvalidRequest, NotFound
 from weft.server.llm import LLM
 
@@ -279,7 +279,7 @@ def test_the_cost_of_a_weighting_step_is_told(world: World) -> None:
     stats = driver.engine.stats()
     assert (stats.compositions, stats.composition_hits) == (2, 1)
     assert stats.composition_seconds_sum == pytest.approx(costs[0] + costs[2])  # type: ignore[operator]
-    assert stats.adapters["composition"].generation_tokens == 40
+    assert stats.adapters[COMPOSED].generation_tokens == 40
     assert stats.refcounts == {"hub-0": 0, "hub-1": 0}
 
 
@@ -298,7 +298,7 @@ def test_a_thousand_weightings_run_through_few_slots(world: World) -> None:
     assert all(stream.last is not None and stream.last.finish_reason == "length" for stream in streams)
     stats = driver.engine.stats()
     assert stats.compositions >= 1000 and stats.slots_used <= 8 and most <= 5 + 8
-    assert set(stats.adapters) == {"composition"}
+    assert set(stats.adapters) == {COMPOSED}
     for stream in streams[::100]:
         assert_alone(stream, world.oracle(stream))
 

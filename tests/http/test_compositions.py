@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tests.http.conftest import ADMIN, Serve, Served, events
 from weft.adapters.composition import Composition, Member
 from weft.server.config import ConfigError
+from weft.server.engine.request import COMPOSED
 from weft.server.errors import EngineUnavailable, InvalidRequest, Overloaded
 from weft.server.http.stream import DONE
 from weft.server.registry import compositions as named
 from weft.server.registry.compositions import Compositions, WeighedId
-from weft.server.registry.records import COMPOSED
 
 PATHS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "the cat"},

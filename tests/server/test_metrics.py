@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from weft.server.engine.info import AdapterInfo, AdapterStats, EngineStats, ModelInfo, ModelStats
-from weft.server.errors import EngineUnavailable, NotFound
+from weft.server.errors import EngineUnavailable
 from weft.server.observability.metrics import Metrics
 from weft.server.registry.names import Names
 from weft.server.registry.records import AdapterRecord
@@ -49,9 +49,9 @@ class Adapters:
     kind = "adapter"
 
     def __init__(self) -> None:
+        self.on_unloaded: list[Callable[[str], None]] = []
         self.names = Names(("base",))
         self.names.join(self)
-        self.on_unloaded: list[Callable[[str], None]] = []
         self.records: dict[str, AdapterRecord] = {}
 
     def add(self, id: str) -> None:
@@ -63,19 +63,14 @@ class Adapters:
         for hook in self.on_unloaded:
             hook(id)
 
-    def get(self, id: str) -> AdapterRecord:
-        if id not in self.records:
-            raise NotFound("no")
-        return self.records[id]
-
-    def list(self) -> list[AdapterRecord]:
-        return list(self.records.values())
-
-    def ids(self) -> Iterable[str]:
+    def ids(self) -> list[str]:
         return [*self.records]
 
     def describe(self, id: str) -> str | None:
-        return f"adapter {id!r}" if id in self.records else None
+        return f"adapter {id!r} exists" if id in self.records else None
+
+    def list(self) -> list[AdapterRecord]:
+        return list(self.records.values())
 
 
 class Server:
