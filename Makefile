@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 METADATA := pyproject.toml setup.py constraints.txt
 # Two processes, each with whole files, whose fixtures are costly.
-PARALLEL ?= -n 2 --dist loadfile
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 TYPES := $(addprefix .types/weft/,server kernels adapters)
 
 .DEFAULT_GOAL := help

@@ -76,10 +76,12 @@ def resolve(source: str, *, roots: Sequence[Path], cache: Path) -> Path:
 def _local(source: str, path: str, roots: Sequence[Path]) -> Path:
     if not roots:
         raise _refused(source, "is a local path, and no --adapter-root allows any")
-    allowed = [Path(os.path.realpath(root)) for root in roots]
-    # realpath follows links without asking whether the end exists: what lies outside the roots is not told apart.
-    candidates = [Path(os.path.realpath(base / path)) for base in (Path.cwd(), *allowed)]
-    inside = [folder for folder in candidates if any(folder.is_relative_to(root) for root in allowed)]
+    allowed = dict.fromkeys(Path(os.path.realpath(root)) for root in roots)
+    # realpath follows links without asking whether the end exists: what lies outside the roots is not told apart. An
+    # absolute path is the same from everywhere, and there may be as many roots as adapters.
+    named = dict.fromkeys(base / path for base in (Path.cwd(), *allowed))
+    candidates = [Path(os.path.realpath(folder)) for folder in named]
+    inside = [folder for folder in candidates if not allowed.keys().isdisjoint((folder, *folder.parents))]
     if not inside:
         raise _refused(source, "is not inside an allowed folder (--adapter-root)")
     found = next((folder for folder in inside if os.path.isdir(folder)), None)

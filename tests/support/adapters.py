@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from peft import ArrowConfig, LoraConfig, PeftConfig, PeftModel, PeftType, create_arrow_model, get_peft_model
@@ -34,7 +35,7 @@ def make_lora(base: Path, folder: Path, *, seed: int = 0, scale: float = 0.5, **
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
         _randomise(adapted, scale)
-        adapted.save_pretrained(str(folder))
+        _save(adapted, folder)
     return folder
 
 
@@ -54,8 +55,14 @@ def make_adapter(base: Path, folder: Path, config: PeftConfig, *, seed: int = 0,
             if parameter.requires_grad:
                 fan = math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 1.0
                 parameter.add_(torch.randn_like(parameter) * scale / (fan if fan > 1 else 1.0))
-        adapted.save_pretrained(str(folder))
+        _save(adapted, folder)
     return folder
+
+
+def _save(adapted: PeftModel, folder: Path) -> None:
+    """All but the model card, which nobody reads and which takes as long as making a small adapter."""
+    with mock.patch.object(PeftModel, "create_or_update_model_card"):
+        adapted.save_pretrained(str(folder))
 
 
 def make_arrow(base: Path, folder: Path, arrow: ArrowConfig, *, experts: int = 3, **lora_config: Any) -> Path:
