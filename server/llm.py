@@ -159,7 +159,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: Adapter | Sequence[Adapter | None] | None = None,
-        combination: Combination | Sequence[Combination] = "linear",
+        combination: Combination | Sequence[Combination] = "lorahub",
         task_id: int | Sequence[int | None] | None = None,
         lora_rank: int | Sequence[int | None] | None = None,
         arithmetic: LogitArithmetic | Sequence[LogitArithmetic | None] | None = None,
@@ -172,8 +172,8 @@ class LLM:
             params: for all prompts, or one per prompt.
             adapter: id of the adapter for all prompts, or one per prompt; None: the base. Weights by id
                 (``{"sql": 0.7, "formal": -0.2}``) are a composition of these adapters.
-            combination: how compositions are made, for all prompts or one per prompt: ``"linear"``, Σ w ΔW, or
-                ``"lorahub"``, (Σ w B)(Σ w A).
+            combination: how compositions are made, for all prompts or one per prompt: ``"lorahub"``, (Σ w B)(Σ w A), or
+                ``"linear"``, Σ w ΔW.
             task_id, lora_rank: likewise, for adapters that let requests choose (``AdapterInfo.choices``).
             arithmetic: likewise; its terms name adapters by id (see ``arithmetic.proxy`` for proxy-tuning).
             n: continuations per prompt; with a seed, the i-th uses ``seed + i``.

@@ -138,6 +138,7 @@ def examine(adapter: Path, base: Base) -> dict[str, Any]:
             for choice in compiled.choices
         },
         "invocation": list(compiled.invocation),
+        "whole_prompts": compiled.whole_prompts,
     }
 
 
@@ -189,6 +190,8 @@ def _text(report: Mapping[str, Any]) -> str:
     for name, choice in report["choices"].items():
         default = "must be given" if choice["default"] is None else f"default {choice['default']}"
         lines.insert(-1, f"choice   {name} from {choice['min']} to {choice['max']}, {default}")
+    if report["whole_prompts"]:
+        lines.insert(-1, "prompts  are computed in one pass, of at most --max-num-batched-tokens tokens")
     if report["invocation"]:
         lines.insert(-1, f"works    from the last occurrence of the tokens {report['invocation']} on")
     # One line for all layers that are alike.

@@ -229,6 +229,7 @@ class Engine:
             prompt.position_offset if prompt else 0,
             adapter.choices,
             adapter.invocation,
+            adapter.whole_prompts,
         )
 
     def unregister_adapter(self, version: str, model: str | None = None) -> None:

@@ -52,6 +52,7 @@ class AdapterInfo:
         position_offset: position of the first real token behind them.
         choices: what requests choose of it.
         invocation: tokens from whose last occurrence in a prompt on it works; empty: from the first token on.
+        whole_prompts: a prompt is computed in one pass, and its length bounded by that of a pass.
     """
 
     version: str
@@ -64,6 +65,7 @@ class AdapterInfo:
     position_offset: int = 0
     choices: tuple[Choice, ...] = ()
     invocation: tuple[int, ...] = ()
+    whole_prompts: bool = False
 
 
 @dataclass(frozen=True)

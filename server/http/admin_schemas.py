@@ -115,6 +115,7 @@ def adapter_card(record: AdapterRecord, stats: EngineStats) -> dict[str, Any]:
         "position_offset": info.position_offset,
         "choices": choices_shown(info.choices),
         "invocation": list(info.invocation),
+        "whole_prompts": info.whole_prompts,
         "tier": tier,
         "refcount": refcount,
     }

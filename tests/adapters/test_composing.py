@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from weft.adapters.base import Base, Site
 from weft.adapters.choices import Choice
-from weft.adapters.composing import Recipe
+from weft.adapters.composing import ADDITIVE, Recipe
 from weft.adapters.composition import Combination, Composition, Member
 from weft.adapters.errors import NotComposable
 from weft.adapters.forms import CompiledAdapter, SiteForms, SoftPrompt
@@ -298,3 +298,10 @@ def test_an_identity_is_one_of_numbers(members, data) -> None:
     hub, first = Composition(composition.members, "lorahub"), composition.members[:1]
     rest = tuple(data.draw(st.permutations(composition.members[1:])))
     assert hub.identity == Composition(first + rest, "lorahub").identity and hub.canonical.members[:1] == first
+
+
+@pytest.mark.parametrize("part", sorted(set(Part) - ADDITIVE))
+def test_every_form_that_cannot_be_added_is_refused_by_its_name(part: Part) -> None:
+    known = {"v": (CompiledAdapter("v", "LORA", {}), Layout({("q", part): 1}))}
+    with pytest.raises(NotComposable, match=r"adapters\[0\] cannot be composed: [A-Z]\w+ is among its forms"):
+        Recipe.of(Composition((Member("v", 1.0),), "linear"), known)

@@ -52,4 +52,5 @@ def test_the_base_that_the_adapter_names(tmp_path: Path) -> None:
 
 def test_gates() -> None:
     shown = json.loads(check(LLAMA / "unipelt", "--base", base_of("llama"), "--json").stdout)
+    assert shown["whole_prompts"] is True
     assert (shown["forms"], shown["virtual_tokens"]) == (["GatedLowRank", "JointPrefix", "Bottleneck"], 0)

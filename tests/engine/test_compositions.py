@@ -34,7 +34,7 @@ from tests.support.models import tiny_model
 from weft.adapters.composition import Combination, Composition, Member
 from weft.server.config import EngineConfig
 from weft.server.engine.engine import Engine
-from weft.server.engine.request import COMPOSED, EngineRequest, SamplingParams
+from weft.server.engine.request import COMPOSED, EngineRequest, SamplingParams, TokenDelta
 from weft.server.errors import InvalidRequest, NotFound
 from weft.server.llm import LLM
 
@@ -262,18 +262,29 @@ def test_members_in_host_memory_are_read_again(world: World) -> None:
     assert driver.engine.stats().host_bytes < 1 << 17
 
 
+def all_deltas(driver: Driver) -> list[TokenDelta]:
+    """All that comes until nothing is live."""
+    deltas = []
+    while driver.engine.has_work:
+        new = driver.engine.step()
+        deltas += new
+        if not new:
+            driver.engine.wait(0.02)
+    return deltas
+
+
 def test_the_cost_of_a_weighting_step_is_told(world: World) -> None:
     driver = world.driver("hub-0", "hub-1")
     plain = driver.add([5, 6], "hub-0")
     driver.run()
     first, beside = (add(driver, [5, 6], hub(hub_0=0.5, hub_1=0.5), logprobs=None) for _ in range(2))
     other = add(driver, [5, 6], hub(hub_0=0.5, hub_1=0.25))
-    deltas = [delta for _ in range(400) if driver.engine.has_work for delta in driver.engine.step()]
+    deltas = all_deltas(driver)
     told = {d.request_id: d.compose_seconds for d in deltas if d.queue_seconds is not None}
     costs = [told[stream.request.request_id] for stream in (first, beside, other)]
     assert all(cost is not None and cost > 0 for cost in costs)
     again = add(driver, [5, 6], hub(hub_0=0.5, hub_1=0.5))
-    deltas = [delta for _ in range(400) if driver.engine.has_work for delta in driver.engine.step()]
+    deltas = all_deltas(driver)
     assert [d.compose_seconds for d in deltas] == [0.0] + [None] * 9
     assert again.request.request_id == deltas[0].request_id and plain.last is not None
     stats = driver.engine.stats()
