@@ -198,7 +198,7 @@ def _check_member(combination: Combination, index: int, outline: CompiledAdapter
     allowed = FACTORS if combination == "lorahub" else ADDITIVE
     other = next((part for _, part in layout.rows if part not in allowed), None)
     if other is not None:
-        what = "made of LoRA's factors alone" if combination == "lorahub" else "an update that can be added"
+        what = "LoRA's factors alone" if combination == "lorahub" else "an update that can be added"
         raise _refused(index, f"{_NAMES[other]} is among its forms, and {combination!r} demands {what}")
 
 
