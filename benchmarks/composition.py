@@ -3,16 +3,16 @@
     python benchmarks/composition.py                        the demo's base, with random adapters of one rank
     python benchmarks/composition.py --model PATH --rank 16 --members 10 --rows 32
 
-A row on a LoRAHub mixture and a row on a plain adapter have the same rank, so that their steps do the same work. Rounds
-of the two take turns, and the medians are compared, because a machine has other things to do.
+A row on a LoRAHub mixture and a row on a plain adapter have the same rank, so that their steps do the same work. Two
+engines take turns, step by step, one with plain rows and one with composed ones, and what is told is the median of the
+ratios of neighbouring steps: a machine that has other things to do slows both.
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -28,9 +28,6 @@ from weft.server.config import EngineConfig
 from weft.server.demo import demo_model
 from weft.server.engine.engine import Engine
 from weft.server.engine.request import EngineRequest, SamplingParams
-
-Rows = Callable[[int], EngineRequest]
-"""The request of a row."""
 
 PROMPT = list(range(3, 19))
 
@@ -50,11 +47,13 @@ def main(
         base = model or str(demo_model())
         adapters = random_adapters(base, Path(folder), rank, max(members, rows))
         config = EngineConfig(base, dtype=dtype, max_adapters=2 * max(members, rows) + 2, max_num_seqs=rows)
-        with closing(Engine(config)) as engine:
-            for name, path in adapters.items():
-                engine.register_adapter(name, path)
-            compare(engine, list(adapters), members, rows, steps, rounds)
-            report("weighting step", [compose(engine, list(adapters)[:members], seed) for seed in range(weightings)])
+        with closing(Engine(config)) as plain, closing(Engine(config)) as composed:
+            for engine in (plain, composed):
+                for name, path in adapters.items():
+                    engine.register_adapter(name, path)
+            compare(plain, composed, list(adapters), members, rows, steps, rounds)
+            names = list(adapters)[:members]
+            report("weighting step", [compose(composed, names, seed) for seed in range(weightings)])
 
 
 def random_adapters(base: str, folder: Path, rank: int, count: int) -> dict[str, Path]:
@@ -80,45 +79,45 @@ def weighted(names: Sequence[str], seed: int) -> Composition:
     return Composition(tuple(Member(n, float(w)) for n, w in zip(names, weights, strict=True)), "lorahub")
 
 
-def compare(engine: Engine, names: list[str], members: int, rows: int, steps: int, rounds: int) -> None:
-    """Decode on plain adapters and on compositions, in turn."""
-    params = SamplingParams(max_tokens=steps + 2, temperature=0.0, ignore_eos=True)
-
-    def plain(row: int) -> EngineRequest:
-        return EngineRequest(f"{time.monotonic_ns()}", PROMPT, params, adapter=names[row])
-
-    def composed(row: int) -> EngineRequest:
-        return EngineRequest(f"{time.monotonic_ns()}", PROMPT, params, composition=weighted(names[:members], row))
-
-    kinds: dict[str, Rows] = {"plain": plain, "composed": composed}
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+def compare(
+    plain: Engine, composed: Engine, names: list[str], members: int, rows: int, steps: int, rounds: int
+) -> None:
+    """Decode on plain adapters and on compositions, step by step in turn."""
+    params = SamplingParams(max_tokens=steps + 1, temperature=0.0, ignore_eos=True)
+    pairs: list[tuple[float, float]] = []
     for turn in range(rounds + 1):
-        for kind, request in kinds.items():
-            measured = decode(engine, [request(row) for row in range(rows)], steps)
-            if turn:  # the first fills the slots
-                seconds[kind] += measured
-    for kind, times in seconds.items():
-        report(f"decoding step, {kind}", times)
-    ratio = statistics.median(seconds["composed"]) / statistics.median(seconds["plain"])
-    typer.echo(f"composed / plain, medians: {ratio:.3f}")
+        for row in range(rows):
+            plain.add(EngineRequest(f"{turn}-{row}", PROMPT, params, adapter=names[row]))
+            composed.add(EngineRequest(f"{turn}-{row}", PROMPT, params, composition=weighted(names[:members], row)))
+        start(plain, rows)
+        start(composed, rows)
+        measured = [(timed(plain, rows), timed(composed, rows)) for _ in range(steps // 2)]
+        if turn:  # the first fills the slots
+            pairs += measured
+        for engine in (plain, composed):
+            while engine.has_work:
+                engine.step()
+    report("decoding step, plain", [pair[0] for pair in pairs])
+    report("decoding step, composed", [pair[1] for pair in pairs])
+    low, middle, high = np.percentile([of_composed / of_plain for of_plain, of_composed in pairs], [25, 50, 75])
+    typer.echo(f"composed / plain: median {middle:.3f}, middle half {low:.3f} to {high:.3f}")
 
 
-def decode(engine: Engine, requests: Sequence[EngineRequest], steps: int) -> list[float]:
-    """Seconds of each step in which all rows decode."""
-    started = set()
-    for request in requests:
-        engine.add(request)
-    while len(started) < len(requests):
+def start(engine: Engine, rows: int) -> None:
+    """Step until every row decodes."""
+    started: set[str] = set()
+    while len(started) < rows:
         started.update(delta.request_id for delta in engine.step())
-    times = []
-    for _ in range(steps // 2):  # until the first row of all ends
-        began = time.perf_counter()
-        count = len(engine.step())
-        if count == len(requests):
-            times.append(time.perf_counter() - began)
-    while engine.has_work:
-        engine.step()
-    return times
+
+
+def timed(engine: Engine, rows: int) -> float:
+    """Seconds of a step in which all rows decode."""
+    began = time.perf_counter()
+    deltas = engine.step()
+    seconds = time.perf_counter() - began
+    if len(deltas) != rows:
+        raise RuntimeError(f"{len(deltas)} of {rows} rows decoded")
+    return seconds
 
 
 def compose(engine: Engine, names: list[str], seed: int) -> float:
