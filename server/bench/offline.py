@@ -72,12 +72,11 @@ class OfflineTarget:
                 running[delta.request_id].record(now(), len(delta.token_ids))
                 if delta.finish_reason is not None:
                     running.pop(delta.request_id).error = delta.error
-            stats = self.engine.stats()
-            if stats.steps == steps:
+            if self.engine.steps == steps:
                 self.engine.wait(0.01)
             else:
-                distinct.append(stats.step_adapters)
-            steps = stats.steps
+                distinct.append(self.engine.step_adapters)
+            steps = self.engine.steps
         return traces, StepAdapters(sum(distinct) / max(1, len(distinct)), max(distinct, default=0))
 
     def _add(self, request_id: str, arrival: Arrival, trace: Trace, running: dict[str, Trace]) -> None:

@@ -15,13 +15,18 @@ from weft.server.engine.sequence import Sequence
 
 
 class Counters:
-    """Counts steps and tokens, tokens by adapter name ("" is the base)."""
+    """Counts steps and tokens, tokens by adapter name ("" is the base).
+
+    Attributes:
+        steps: forward passes. step_adapters: distinct adapters in the last one, the base not counted.
+    """
 
     def __init__(self) -> None:
         self.composition_hits = 0
         self._tokens: dict[str, Counter[str]] = {}
         self._versions: dict[str, str] = {}  # the version each adapter name last stood for
-        self._steps = self._step_adapters = self._max_step_adapters = self._batch_tokens = 0
+        self.steps = self.step_adapters = 0
+        self._max_step_adapters = self._batch_tokens = 0
 
     def accepted(self, seq: Sequence) -> None:
         """A request was accepted."""
@@ -37,9 +42,9 @@ class Counters:
     def stepped(self, batches: Iterable[Batch]) -> None:
         """A step ran: a forward pass of every model that had rows."""
         batches = list(batches)
-        self._steps += 1
-        self._step_adapters = sum(batch.num_adapters for batch in batches)
-        self._max_step_adapters = max(self._max_step_adapters, self._step_adapters)
+        self.steps += 1
+        self.step_adapters = sum(batch.num_adapters for batch in batches)
+        self._max_step_adapters = max(self._max_step_adapters, self.step_adapters)
         self._batch_tokens += sum(batch.attention.num_tokens for batch in batches)
 
     def snapshot(
@@ -58,8 +63,8 @@ class Counters:
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            steps=self._steps,
-            step_adapters=self._step_adapters,
+            steps=self.steps,
+            step_adapters=self.step_adapters,
             max_step_adapters=self._max_step_adapters,
             adapter_prompt_tokens=sum(lane.prompts.tokens_computed for lane in scheduler.lanes),
             batch_tokens=self._batch_tokens,

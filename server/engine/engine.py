@@ -199,6 +199,16 @@ class Engine:
         return bool(self._live or self._ended)
 
     @property
+    def steps(self) -> int:
+        """Forward passes so far."""
+        return self._counters.steps
+
+    @property
+    def step_adapters(self) -> int:
+        """Distinct adapters in the last one, the base not counted."""
+        return self._counters.step_adapters
+
+    @property
     def settled(self) -> bool:
         """No adapter is being loaded and none is left to forget."""
         return all(model.adapters.idle for model in self._lanes)

@@ -35,6 +35,8 @@ from weft.server.runtime import wire
 
 STATS_INTERVAL = 0.1
 """Seconds between two pushed snapshots, at least."""
+STATS_SHARE = 0.01
+"""Of the time, at most, that pushed snapshots take: with thousands of adapters they come less often."""
 STALL_SECONDS = 0.001
 """How long to wait for commands where every live request waits for an adapter, instead of spinning."""
 LOADERS = 2
@@ -55,6 +57,9 @@ class EngineLike(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+
+    @property
+    def steps(self) -> int: ...
 
     def add(self, request: EngineRequest) -> None: ...
 
@@ -168,7 +173,7 @@ class EngineLoop:
             self._channel.send(wire.Deltas(deltas))
         else:
             # No delta: either a piece of a long prompt ran, or nothing could. Only the count of passes tells.
-            steps = self._engine.stats().steps
+            steps = self._engine.steps
             self._stalled = steps == self._steps
             self._steps = steps
 
@@ -177,7 +182,8 @@ class EngineLoop:
         if self._changed and now >= self._next_snapshot:
             self._channel.send(wire.Snapshot(self._engine.stats()))
             self._changed = False
-            self._next_snapshot = now + STATS_INTERVAL
+            took = time.monotonic() - now
+            self._next_snapshot = now + max(STATS_INTERVAL, took / STATS_SHARE)
 
     def _handle(self, command: wire.Command) -> None:
         match command:
