@@ -1,12 +1,12 @@
 """Proxy-tuning on the demo: its base, which never saw a task, steered by a tuned model a fifth of its size.
 
-    python benchmarks/proxy_tuning.py                   trains the small model once (minutes, kept in a cache)
+    python benchmarks/proxy_tuning.py                   trains the small model once (half an hour, kept in a cache)
     python benchmarks/proxy_tuning.py --task formal     another task; repeatable
 
-The small base has the demo's tokenizer and corpus and a fifth of its parameters. Its LoRA for the task is the expert,
-the small base as it is the anti-expert (Liu et al., 2024). All is asked of one live server. For each α the table says
-how often the answer to a held-out prompt is exactly right, and how much of the way from the demo's base alone to the
-demo's own LoRA, tuned on the large base directly, the small expert goes without touching the large model.
+The small base has the demo's tokenizer and curriculum and a fifth of its parameters. Its LoRA for the task is the
+expert, the small base as it is the anti-expert (Liu et al., 2024). All is asked of one live server. For each α the
+table says how often the answer to a held-out prompt is exactly right, and how much of the way from the demo's base
+alone to the demo's own LoRA, tuned on the large base directly, the small expert goes without touching the large model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any
 
 import httpx
@@ -28,18 +27,15 @@ from rich.table import Table
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from weft.server.demo import demo_model
-from weft.server.demo.adapters import ROWS, recipe, tidy_adapter
-from weft.server.demo.base import DECAY, LENGTH, RATE, as_llama, base_config, look_back
-from weft.server.demo.batches import example_batches, packed_batches
+from weft.server.demo.adapters import ROWS, THREADS, recipe, tidy_adapter
+from weft.server.demo.base import DECAY, RATE, STEPS, as_llama, base_batches, base_config, look_back
+from weft.server.demo.batches import example_batches
 from weft.server.demo.fit import ATTENTION, SEED, fit
 from weft.server.demo.tasks import TASKS, held_out
-from weft.server.demo.tasks.corpus import corpus
 from weft.server.demo.tasks.task import Example
 from weft.server.settings import DEMO_NAME
 
 HIDDEN, INTERMEDIATE, LAYERS = 128, 384, 3
-BASE_STEPS, BASE_ROWS = 1200, 8
-"""Of the small base; the demo's own takes 5500 steps of 16 rows."""
 EXPERT_RATE = 2e-3
 CONCURRENCY = 16
 """Requests at a time."""
@@ -59,7 +55,7 @@ def small_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
 
 
 def small_base(folder: Path, steps: int) -> Path:
-    """The small base, trained if it is not there yet, on the demo's corpus with the demo's tokenizer."""
+    """The small base, trained if it is not there yet, by the recipe of the demo's own and with its tokenizer."""
     if (folder / "config.json").exists():
         return folder
     tokenizer = PreTrainedTokenizerFast.from_pretrained(demo_model())
@@ -67,8 +63,7 @@ def small_base(folder: Path, steps: int) -> Path:
     model = Qwen2ForCausalLM(small_config(tokenizer))
     model.set_attn_implementation(ATTENTION)
     look_back(model)
-    batches = packed_batches(tokenizer, corpus(Random(f"{SEED}/small base")), BASE_ROWS, LENGTH)
-    fit(model, batches, steps, RATE, DECAY, "small base")
+    fit(model, base_batches(tokenizer), steps, RATE, DECAY, "small base")
     as_llama(model).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     return folder
@@ -125,10 +120,11 @@ def main(
     task: Annotated[list[str] | None, typer.Option(help="Of the demo's tasks; repeatable; default: classify.")] = None,
     alpha: Annotated[list[float] | None, typer.Option(help="Repeatable; default: 0.5, 1, 2.")] = None,
     count: Annotated[int, typer.Option(help="Held-out examples of a task.")] = 100,
-    base_steps: Annotated[int, typer.Option(help="Of training the small base, if it is not there.")] = BASE_STEPS,
+    base_steps: Annotated[int, typer.Option(help="Of training the small base, if it is not there.")] = STEPS,
     cache: Annotated[Path | None, typer.Option(help="Where the small model is kept.")] = None,
 ) -> None:
     """Train the small model if need be, serve all, ask, print the table."""
+    torch.set_num_threads(THREADS)  # sums depend on it
     folder, tasks = cache or cache_folder(), task or ["classify"]
     base = small_base(folder / "base", base_steps)
     adapters = [f"--adapter=small:small-{name}={small_expert(folder / name, base, name)}" for name in tasks]
