@@ -178,8 +178,10 @@ def _naming(term: int | None) -> Iterator[None]:
         yield
     except RequestError as error:
         if term is not None:
-            error.param = f"logit_arithmetic[{term}]"
-            error.message = f"{error.param}: {error.message}"
+            field = f"logit_arithmetic[{term}]"
+            # Which member of the term's composition is at fault is said too; what else there is, requests share.
+            error.param = f"{field}.{error.param}" if (error.param or "").startswith("adapters") else field
+            error.message = f"{field}: {error.message}"
             error.args = (error.message,)
         raise
 

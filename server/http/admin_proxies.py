@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from typing import Any
+from typing import Annotated, Any
 
 import structlog
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Header, Request
 from starlette.responses import Response
 
 from weft.server.errors import Conflict
-from weft.server.http.admin_schemas import ProxyCreate
+from weft.server.http.admin import if_match_version
+from weft.server.http.admin_schemas import ProxyCreate, ProxyReplace
 from weft.server.http.arithmetic import steered_by, steering
 from weft.server.http.auth import BEARER, AdminRoute
 from weft.server.http.errors import DOCUMENTED
 from weft.server.http.resolution import Wanted, leased
-from weft.server.http.responses import JsonResponse
+from weft.server.http.responses import JsonResponse, revised
 from weft.server.http.state import ServerState, server_state
 from weft.server.registry.proxies import NamedProxy, Stream
 from weft.server.tokenization import Tokenizer
@@ -32,6 +33,7 @@ def router() -> APIRouter:
     routes.add_api_route("", create, methods=["POST"], status_code=201)
     routes.add_api_route("", list_proxies, methods=["GET"])
     routes.add_api_route("/{id}", show, methods=["GET"])
+    routes.add_api_route("/{id}", replace, methods=["PUT"])
     routes.add_api_route("/{id}", delete, methods=["DELETE"])
     return routes
 
@@ -40,17 +42,9 @@ async def create(request: Request, body: ProxyCreate) -> Response:
     """Name a proxy. Requests use it as their ``model``; its members must be served."""
     state = server_state(request)
     state.registry.names.check_free(body.id)
-    asked = body.asked(field="")
-    with ExitStack() as held:
-        own = leased(state, Wanted(body.base or state.base_name, at="base"), held)
-        steering(state, asked, own, {}, _any_messages, held)
-    expert, anti_expert = (term.stream for term in asked.terms)
-    proxy = NamedProxy(
-        body.id, int(time.time()), expert, anti_expert, body.base, asked.terms[0].weight, body.base_top_p
-    )
-    await state.proxies.create(proxy)
+    proxy = await state.proxies.keep(_named(state, body.id, int(time.time()), body))
     log.info("admin.proxy_created", proxy=proxy.id)
-    return JsonResponse(_card(state, proxy), status_code=201)
+    return revised(_card(state, proxy), status=201)
 
 
 async def list_proxies(request: Request) -> Response:
@@ -60,9 +54,19 @@ async def list_proxies(request: Request) -> Response:
 
 
 async def show(request: Request, id: str) -> Response:
-    """One named proxy, and whether it can be served now."""
+    """One named proxy, and whether it can be served now; its revision is the reply's ``ETag``."""
     state = server_state(request)
-    return JsonResponse(_card(state, state.proxies.get(id)))
+    return revised(_card(state, state.proxies.get(id)))
+
+
+async def replace(
+    request: Request, id: str, body: ProxyReplace, if_match: Annotated[str | None, Header()] = None
+) -> Response:
+    """Have an id mean another proxy. Requests under way finish with the one they started with."""
+    state = server_state(request)
+    proxy = await state.proxies.change(id, lambda old: _named(state, id, old.created, body), if_match_version(if_match))
+    log.info("admin.proxy_replaced", proxy=proxy.id)
+    return revised(_card(state, proxy))
 
 
 async def delete(request: Request, id: str) -> Response:
@@ -80,6 +84,16 @@ def problem(state: ServerState, proxy: NamedProxy) -> str | None:
     except Conflict as error:
         return error.message
     return None
+
+
+def _named(state: ServerState, id: str, created: int, body: ProxyReplace) -> NamedProxy:
+    """The proxy that a body asks for. Raises ``RequestError``, naming the field, where it could not be served now."""
+    asked = body.asked(field="")
+    with ExitStack() as held:
+        own = leased(state, Wanted(body.base or state.base_name, at="base"), held)
+        steering(state, asked, own, {}, _any_messages, held)
+    expert, anti_expert = (term.stream for term in asked.terms)
+    return NamedProxy(id, created, expert, anti_expert, body.base, asked.terms[0].weight, body.base_top_p)
 
 
 def _any_messages(tokenizer: Tokenizer) -> list[int]:
@@ -100,6 +114,7 @@ def _card(state: ServerState, proxy: NamedProxy) -> dict[str, Any]:
         "anti_expert": _stream(proxy.anti_expert),
         "alpha": proxy.alpha,
         "base_top_p": proxy.base_top_p,
+        "revision": proxy.revision,
     }
 
 

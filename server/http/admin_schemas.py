@@ -38,15 +38,20 @@ class AdapterReplace(Body):
     pinned: bool | None = Field(None, description="Default: as it was.")
 
 
-class ProxyCreate(ProxyBody):
-    """``POST /admin/proxies``."""
+class ProxyReplace(ProxyBody):
+    """``PUT /admin/proxies/{id}``."""
 
-    id: str = Field(min_length=1, max_length=MAX_ID)
     base: str | None = Field(
         None,
         min_length=1,
         description="What is steered: the base, an adapter of it or a composition; default: the base.",
     )
+
+
+class ProxyCreate(ProxyReplace):
+    """``POST /admin/proxies``."""
+
+    id: str = Field(min_length=1, max_length=MAX_ID)
 
 
 class VllmLoad(Body):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from weft.server.engine.arithmetic import LogitArithmetic, Term
 from weft.server.engine.info import ModelInfo
+from weft.server.engine.request import COMPOSED
 from weft.server.engine.variants import resolve
 from weft.server.errors import Conflict, InvalidRequest, NotFound, RequestError
 from weft.server.http.resolution import Resolved, Wanted, leased
@@ -67,11 +68,14 @@ class Steering:
         try:
             yield
         except RequestError as error:
-            where = re.fullmatch(r"logit_arithmetic(?:\[(\d+)\])?", error.param or "")
+            where = re.fullmatch(r"(logit_arithmetic(?:\[(\d+)\])?)(\..+)?", error.param or "")
             if where is not None:
-                field = self.field if where[1] is None else self.fields[int(where[1])]
-                error.message = error.message.replace(where[0], field)
-                error.param, error.args = field, (error.message,)
+                field, rest = self.field, where[3] or ""
+                if where[2] is not None:
+                    field, term = self.fields[int(where[2])], self.arithmetic.terms[int(where[2])]
+                    rest = ".adapter" if rest and term.adapter_name != COMPOSED else rest  # a composition by its name
+                error.message = error.message.replace(where[1], field)
+                error.param, error.args = field + rest, (error.message,)
             raise
 
     @property

@@ -83,6 +83,7 @@ def composition_card(composition: NamedComposition, state: State) -> dict[str, A
     return {
         "id": composition.id,
         "object": "composition",
+        "base": composition.base,
         **composed_of(composition),
         "description": composition.description,
         "created": composition.created,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, aclosing
+import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, aclosing, contextmanager
 from importlib.util import find_spec
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import uuid4
 
 import structlog
@@ -12,6 +15,7 @@ from fastapi import APIRouter, Header, Request
 from starlette.responses import Response
 
 from weft.adapters.composition import Combination
+from weft.server.engine.arithmetic import LogitArithmetic, Term
 from weft.server.engine.request import EngineRequest, SamplingParams
 from weft.server.errors import Conflict, InvalidRequest, RequestError
 from weft.server.fitting import Example, FitPlan, Fitting
@@ -26,14 +30,18 @@ from weft.server.http.composition_schemas import (
 )
 from weft.server.http.errors import DOCUMENTED
 from weft.server.http.members import weighed_ids
-from weft.server.http.resolution import Wanted, resolved
-from weft.server.http.responses import JsonResponse
+from weft.server.http.resolution import Resolved, Wanted, resolved
+from weft.server.http.responses import JsonResponse, revised
 from weft.server.http.state import ServerState, server_state
 from weft.server.registry.compositions import NamedComposition, WeighedId
 
 log = structlog.get_logger(__name__)
 
 PROBE_TOKEN = 1
+PROBED = "logit_arithmetic[0]"
+"""What the engine calls the only term of a probe."""
+MEMBER = re.compile(r"\badapters(\[\d+\])(?:\.id)?")
+"""A member of a composition in errors."""
 
 
 def router() -> APIRouter:
@@ -59,23 +67,22 @@ async def create(request: Request, body: CompositionCreate) -> Response:
     state = server_state(request)
     members = weighed_ids(body.adapters)
     state.registry.names.check_free(body.id)
-    await _check_composable(state, members, body.combination, "adapters[{}]")
+    await _check_composable(state, members, body.combination)
     made = await state.compositions.create(body.id, members, body.combination, description=body.description)
     log.info("admin.compose", composition=made.id, members=[member.id for member in members])
-    return _card(state, made, status=201)
+    return revised(_card(state, made), status=201)
 
 
 async def list_compositions(request: Request) -> Response:
     """All named compositions."""
     state = server_state(request)
-    named = state.compositions
-    return JsonResponse({"object": "list", "data": [composition_card(one, named.state(one)) for one in named.list()]})
+    return JsonResponse({"object": "list", "data": [_card(state, one) for one in state.compositions.list()]})
 
 
 async def show(request: Request, id: str) -> Response:
     """One composition; its revision is the reply's ``ETag``."""
     state = server_state(request)
-    return _card(state, state.compositions.get(id))
+    return revised(_card(state, state.compositions.get(id)))
 
 
 async def replace(
@@ -85,12 +92,12 @@ async def replace(
     state = server_state(request)
     state.compositions.get(id)
     members = weighed_ids(body.adapters)
-    await _check_composable(state, members, body.combination, "adapters[{}]")
+    await _check_composable(state, members, body.combination)
     made = await state.compositions.replace(
         id, members, body.combination, description=body.description, if_match=if_match_version(if_match)
     )
     log.info("admin.recompose", composition=made.id, members=[member.id for member in members])
-    return _card(state, made)
+    return revised(_card(state, made))
 
 
 async def delete(request: Request, id: str) -> Response:
@@ -110,10 +117,15 @@ async def fit(request: Request, body: FitBody) -> Response:
         raise Conflict("the search needs nevergrad: pip install 'weft[fit]' on the server", code="fit_not_installed")
     state.registry.names.check_free(body.save_as)
     members = tuple(WeighedId(id, 0.0) for id in body.candidates)
-    await _check_composable(state, members, body.combination, "candidates[{}]")
+    with _candidates():
+        if (base := state.compositions.model_of(members)) is not None:
+            reason = "the search scores by log-probabilities of prompts, which are the base's alone"
+            raise InvalidRequest(f"'candidates' belong to the proxy model {base!r}: {reason}", param="candidates")
+        await _check_composable(state, members, body.combination)
     examples = await state.workers.run(_examples, state, body)
     with ExitStack() as held:
-        state.compositions.check_members(members, "candidates[{}]")
+        with _candidates():
+            state.compositions.check_members(members)
         records = [held.enter_context(state.registry.lease(id)) for id in body.candidates]
         held.enter_context(state.compositions.reserved(body.save_as, "a search for weights"))
         versions = tuple(record.version for record in records)
@@ -157,37 +169,45 @@ def _examples(state: ServerState, body: FitBody) -> tuple[Example, ...]:
     return tuple(examples)
 
 
-async def _check_composable(
-    state: ServerState, members: tuple[WeighedId, ...], combination: Combination, field: str
-) -> None:
-    """Have the engine compose ``members``, as a request would, and so refuse what it would refuse of a request.
-
-    Args:
-        field: what a member is called in errors, with ``{}`` for its place.
+async def _check_composable(state: ServerState, members: tuple[WeighedId, ...], combination: Combination) -> None:
+    """Have the engine compose ``members`` for their model, as a request would, and so refuse what it would refuse.
 
     Raises:
         RequestError: naming the field.
     """
-    state.compositions.check_members(members, field + (".id" if field.startswith("adapters") else ""))
-    with resolved(state, Wanted(state.base_name, members, combination)) as runs:
-        probe = EngineRequest(
-            f"probe-{uuid4().hex}",
-            [PROBE_TOKEN],
-            SamplingParams(max_tokens=1, temperature=0.0),
-            adapter_name=runs.name,
-            composition=runs.composition,
-        )
+    base = state.compositions.model_of(members)
+    with resolved(state, Wanted(base or state.base_name, members, combination, base=base)) as runs:
+        probe = _probe(runs, base)
         try:
             async with aclosing(state.client.generate(probe, ids=runs.ids)) as deltas:
                 async for delta in deltas:
                     if delta.finish_reason == "error":
                         raise InvalidRequest(delta.error or "these adapters cannot be composed", param="adapters")
         except InvalidRequest as error:
-            own = field.partition("[")[0]
-            param = (error.param or "adapters").replace("adapters", own)
-            raise InvalidRequest(error.message.replace("adapters[", f"{own}["), param=param, code=error.code) from None
+            param = (error.param or "").removeprefix(PROBED).removeprefix(".") or "adapters"
+            raise InvalidRequest(error.message.removeprefix(f"{PROBED}: "), param=param, code=error.code) from None
 
 
-def _card(state: ServerState, composition: NamedComposition, *, status: int = 200) -> Response:
-    card = composition_card(composition, state.compositions.state(composition))
-    return JsonResponse(card, status_code=status, headers={"ETag": f'"{composition.revision}"'})
+@contextmanager
+def _candidates() -> Iterator[None]:
+    """What is wrong with the members of a composition, as what is wrong with the candidates of a search."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param is not None:
+            error.param = "candidates" if error.param == "adapters" else MEMBER.sub(r"candidates\1", error.param)
+        error.message = MEMBER.sub(r"candidates\1", error.message)
+        raise
+
+
+def _probe(runs: Resolved, base: str | None) -> EngineRequest:
+    """A request for one token of a composition: of a proxy model's it is the one term that counts."""
+    plain = EngineRequest(f"probe-{uuid4().hex}", [PROBE_TOKEN], SamplingParams(max_tokens=1, temperature=0.0))
+    if base is None:
+        return dataclasses.replace(plain, adapter_name=runs.name, composition=runs.composition)
+    term = Term(1.0, base, None, runs.name, runs.composition)
+    return dataclasses.replace(plain, arithmetic=LogitArithmetic((term,), weight=0.0))
+
+
+def _card(state: ServerState, composition: NamedComposition) -> dict[str, Any]:
+    return composition_card(composition, state.compositions.state(composition))

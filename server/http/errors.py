@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from weft.adapters.errors import AdapterError
 from weft.server.errors import Conflict, EngineUnavailable, InvalidRequest, NotFound, Overloaded, RequestError
+from weft.server.http.messages import UNFIT
 from weft.server.http.responses import JsonResponse
 
 log = structlog.get_logger(__name__)
@@ -142,8 +143,12 @@ def _validation_error(errors: Sequence[Mapping[str, Any]]) -> ErrorReply:
     if first["type"] == "missing":
         return ErrorReply(400, "invalid_request_error", f"'{param}' is required", param, "missing_field")
     if first["type"] == "extra_forbidden":
+        *outer, name = first["loc"]  # which need not be an identifier, as a union's branch is none
+        param = ".".join(filter(None, (_path(outer), str(name)[:MAX_SHOWN])))
         return ErrorReply(400, "invalid_request_error", f"unknown field '{param}'", param, "unknown_field")
     reason = str(first["msg"])
+    if first["type"] == UNFIT:
+        return ErrorReply(400, "invalid_request_error", f"'{param}': {reason}", param, "invalid_value")
     message = f"'{param}': {reason[:1].lower()}{reason[1:]}, got {_shown(first['input'])}"
     return ErrorReply(400, "invalid_request_error", message, param, "invalid_value")
 

@@ -142,7 +142,7 @@ class Generation:
         naming: AbstractContextManager[None] = nullcontext()
         if self._steered is not None:
             ids, naming = self._steered.ids, self._steered.naming()
-        with times_of as times, naming:
+        with times_of as times, self._runs.naming(), naming:
             async with aclosing(self._state.client.generate(request, ids=ids)) as deltas:
                 async for delta in deltas:
                     piece = text.push(delta)

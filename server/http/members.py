@@ -7,8 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from weft.server.errors import InvalidRequest
-from weft.server.http.messages import Body
+from weft.server.http.messages import Body, unfit
 from weft.server.registry.compositions import MAX_MEMBERS, MAX_WEIGHT, WeighedId
 
 
@@ -23,8 +22,7 @@ def _check_members(members: list[WeighedAdapter]) -> list[WeighedAdapter]:
     seen: set[str] = set()
     for index, member in enumerate(members):
         if member.id in seen:
-            param = f"adapters[{index}].id"
-            raise InvalidRequest(f"'{param}': {member.id[:64]!r} is named twice; add the weights up", param=param)
+            raise unfit(f"{member.id[:64]!r} is named twice; add the weights up", index, "id")
         seen.add(member.id)
     return members
 

@@ -5,11 +5,25 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from weft.server.errors import InvalidRequest
 
 MAX_MESSAGES = 4096
+UNFIT = "unfit"
+"""The type of the errors that ``unfit`` makes, among pydantic's own."""
+
+
+def unfit(reason: str, *where: str | int) -> ValidationError:
+    """What a validator raises of a value that may stand anywhere in a body: pydantic puts its place in front.
+
+    Args:
+        reason: what follows the field's name and a colon in the message.
+        where: from the value that is validated to the field at fault; nothing: itself.
+    """
+    kind = PydanticCustomError(UNFIT, "{reason}", {"reason": reason})
+    return ValidationError.from_exception_data("body", [InitErrorDetails(type=kind, loc=where, input=None)])
 
 
 class Body(BaseModel):
@@ -72,9 +86,9 @@ class Message(Body):
     @model_validator(mode="after")
     def _check_content(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise InvalidRequest(f"'messages' has one of role {self.role!r} without 'content'", param="messages")
+            raise unfit(f"one of role {self.role!r} needs it", "content")
         if self.tool_calls and self.role != "assistant":
-            raise InvalidRequest("'messages' has 'tool_calls' in one that is not an assistant's", param="messages")
+            raise unfit("only an assistant's have them", "tool_calls")
         return self
 
     def text(self) -> str:

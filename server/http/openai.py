@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from weft.server.errors import NotFound
 from weft.server.http.auth import BEARER, ApiRoute
 from weft.server.http.chat import ChatFormat
 from weft.server.http.completions import CompletionFormat
@@ -87,10 +88,7 @@ def _base_card(state: ServerState, name: str) -> dict[str, Any]:
 
 
 def _adapter_card(state: ServerState, record: AdapterRecord) -> dict[str, Any]:
-    if record.base is None:
-        return _card(record.id, record.created, record.source, state.base_name, state.client.info.max_model_len)
-    limit = state.client.info.proxies[record.base].max_model_len
-    return _card(record.id, record.created, record.source, record.base, limit) | PROXY_ONLY
+    return _card_of(state, record.id, record.created, record.source, record.base)
 
 
 def _proxy_card(state: ServerState, proxy: NamedProxy) -> dict[str, Any]:
@@ -104,8 +102,19 @@ def _proxy_model_card(state: ServerState, name: str) -> dict[str, Any]:
 
 
 def _composition_card(state: ServerState, composition: NamedComposition) -> dict[str, Any]:
-    card = _card(composition.id, composition.created, state.base_name, state.base_name, state.client.info.max_model_len)
+    base = composition.base
+    card = _card_of(state, composition.id, composition.created, base or state.base_name, base)
     return {**card, **composed_of(composition)}
+
+
+def _card_of(state: ServerState, name: str, created: float, root: str, base: str | None) -> dict[str, Any]:
+    """Of what belongs to a proxy model, or where ``base`` is None to the main one."""
+    info = state.client.info
+    if base is None:
+        return _card(name, created, root, state.base_name, info.max_model_len)
+    if base not in info.proxies:  # the server was started without it
+        raise NotFound(f"{name!r} is not served: its model {base!r} is not there", param="model")
+    return _card(name, created, root, base, info.proxies[base].max_model_len) | PROXY_ONLY
 
 
 def _card(name: str, created: float, root: str, parent: str | None, max_model_len: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from weft.adapters.choices import Choice
 from weft.adapters.composition import Combination, Composition, Member
 from weft.server.engine.request import COMPOSED
-from weft.server.errors import Conflict, InvalidRequest, NotFound
+from weft.server.errors import Conflict, InvalidRequest, NotFound, RequestError
 from weft.server.http.state import ServerState
 from weft.server.registry.compositions import WeighedId
 from weft.server.registry.records import AdapterRecord
@@ -52,6 +52,16 @@ class Resolved:
     ids: tuple[str, ...] = ()
     choices: tuple[Choice, ...] = ()
 
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """The engine's errors of the members of a named composition, as those of ``model``, which named it."""
+        try:
+            yield
+        except RequestError as error:
+            if self.name != COMPOSED and (error.param or "").startswith("adapters"):
+                error.param = "model"
+            raise
+
 
 @contextmanager
 def resolved(state: ServerState, wanted: Wanted) -> Iterator[Resolved]:
@@ -88,6 +98,7 @@ def leased(state: ServerState, wanted: Wanted, held: ExitStack) -> Resolved:
     if named is None:
         record = _adapter(state, model, wanted.base, at, held)
         return Resolved(record.id, record.version, None, (record.id,), record.info.choices)
+    _check_base(state, f"composition {model!r}", named.base, wanted.base, at)
     if error := state.compositions.state(named).error:
         raise Conflict(f"composition {model!r} is not served: {error}", param=at, code="composition_broken")
     composition = _composition(state, wanted, named.members, named.combination, held)
@@ -99,15 +110,23 @@ def _adapter(state: ServerState, id: str, base: str | None, at: str, held: ExitS
         record = held.enter_context(state.registry.lease(id))
     except NotFound as error:
         raise NotFound(error.message, param=at, code=error.code) from None
-    if record.base != base:
-        where = repr(base or state.base_name)
-        raise InvalidRequest(
-            f"'{at}': adapter {id!r} belongs to the model {record.base or state.base_name!r}, not to {where}"
-            + ("; such adapters serve inside 'proxy' and 'logit_arithmetic'" if base is None else ""),
-            param=at,
-            code="wrong_base",
-        )
+    _check_base(state, f"adapter {id!r}", record.base, base, at)
     return record
+
+
+def _check_base(state: ServerState, what: str, base: str | None, wanted: str | None, at: str) -> None:
+    """Raises ``InvalidRequest`` where an adapter or a composition belongs to another model than is wanted."""
+    if base == wanted:
+        return
+    model = repr(base or state.base_name)
+    hint = f"give 'model': {model} beside it"
+    if at in ("model", "base") or at.startswith("adapters["):
+        hint = "what belongs to a proxy model serves inside 'proxy' and 'logit_arithmetic'"
+    raise InvalidRequest(
+        f"'{at}': {what} belongs to the model {model}, not to {wanted or state.base_name!r}; {hint}",
+        param=at,
+        code="wrong_base",
+    )
 
 
 def _composition(

@@ -16,6 +16,11 @@ class JsonResponse(JSONResponse):
         return orjson.dumps(content)
 
 
+def revised(card: dict[str, Any], *, status: int = 200) -> JsonResponse:
+    """What the admin API shows of something that has a revision, which is the reply's ``ETag``."""
+    return JsonResponse(card, status_code=status, headers={"ETag": f'"{card["revision"]}"'})
+
+
 class JsonRequest(Request):
     """A request whose JSON is read strictly: no NaN, no infinity, no lone surrogates, bounded depth."""
 

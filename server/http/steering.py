@@ -11,7 +11,7 @@ from weft.adapters.composition import Combination
 from weft.server.errors import InvalidRequest
 from weft.server.http.arithmetic import Asked, AskedTerm, Encode, asked_proxy
 from weft.server.http.members import WeighedAdapters, weighed_ids
-from weft.server.http.messages import Body, Messages
+from weft.server.http.messages import Body, Messages, unfit
 from weft.server.registry.proxies import Stream
 
 MAX_TERMS = 16
@@ -59,9 +59,9 @@ class StreamBody(Body):
     @model_validator(mode="after")
     def _check_adapters(self) -> StreamBody:
         if self.combination is not None and self.adapters is None:
-            raise InvalidRequest("'combination' needs 'adapters'", param="combination")
+            raise unfit("it needs 'adapters'", "combination")
         if self.adapter is not None and self.adapters is not None:
-            raise InvalidRequest("'adapter' and 'adapters' exclude each other", param="adapters")
+            raise unfit("'adapter' and 'adapters' exclude each other", "adapters")
         return self
 
     def stream(self) -> Stream:
@@ -87,7 +87,7 @@ class TermBody(StreamBody):
     @model_validator(mode="after")
     def _check_prompt(self) -> TermBody:
         if self.prompt is not None and self.messages is not None:
-            raise InvalidRequest("'prompt' and 'messages' of a term exclude each other", param="logit_arithmetic")
+            raise unfit("'prompt' and 'messages' of a term exclude each other")
         return self
 
     @property

@@ -6,11 +6,9 @@ the composition is listed as broken, and works again when the member is back.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from typing import Any
 import msgspec
 
 from weft.adapters.composition import Combination
-from weft.server.errors import Conflict, InvalidRequest, NotFound
-from weft.server.registry.manifest import Manifest
+from weft.server.errors import InvalidRequest, NotFound
+from weft.server.registry.named import Named
 from weft.server.registry.registry import AdapterRegistry
 
 FILE = "compositions.json"
@@ -41,6 +39,7 @@ class NamedComposition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         created: unix time in seconds.
         provenance: how its weights were found, where a search found them.
+        base: the proxy model that its members belong to; None: the main one.
     """
 
     id: str
@@ -49,11 +48,12 @@ class NamedComposition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created: int
     description: str | None = None
     provenance: dict[str, Any] | None = None
+    base: str | None = None
 
     @property
     def revision(self) -> str:
         """A digest of what requests see of it, for ``If-Match``."""
-        content = (self.combination, [(member.id, member.weight) for member in self.members])
+        content = (self.combination, [(member.id, member.weight) for member in self.members], self.base)
         return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
 
 
@@ -65,46 +65,15 @@ class State:
     error: str | None = None
 
 
-class Compositions:
+class Compositions(Named[NamedComposition]):
     """Named compositions by id. All methods on one event loop."""
-
-    kind = "composition"
 
     def __init__(self, folder: Path, registry: AdapterRegistry) -> None:
         """Read what ``folder``, this server's alone, has of earlier runs. Raises ``ConfigError`` if it is damaged."""
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._manifest = Manifest(folder / FILE, "compositions", NamedComposition)
-        self.registry = registry
-        self._coming: dict[str, str] = {}  # ids being taken, and by what
-        self._writing = asyncio.Lock()
-        registry.names.join(self)
-
-    def ids(self) -> Iterable[str]:
-        """As ``Names`` asks for them."""
-        return [*self._manifest.entries, *self._coming]
-
-    def describe(self, id: str) -> str | None:
-        """As ``Names`` asks for it."""
-        if id in self._manifest.entries:
-            return f"composition {id!r} exists already"
-        return f"composition {id!r} is being made by {self._coming[id]}" if id in self._coming else None
-
-    def find(self, id: str) -> NamedComposition | None:
-        return self._manifest.entries.get(id)
-
-    def get(self, id: str) -> NamedComposition:
-        """Raises ``NotFound``."""
-        found = self.find(id)
-        if found is None:
-            raise NotFound(f"there is no composition {id!r}", param="id", code="composition_not_found")
-        return found
-
-    def list(self) -> list[NamedComposition]:
-        """Oldest first."""
-        return sorted(self._manifest.entries.values(), key=lambda entry: (entry.created, entry.id))
+        super().__init__("composition", folder / FILE, NamedComposition, registry)
 
     def state(self, composition: NamedComposition) -> State:
-        """Whether all its members are served now."""
+        """Whether all its members are served now, by its model."""
         for member in composition.members:
             try:
                 record = self.registry.get(member.id)
@@ -112,17 +81,9 @@ class Compositions:
                 return State("broken", f"its member {member.id!r} is not served")
             if record.state != "ready":
                 return State("broken", f"its member {member.id!r} is not served ({record.state})")
+            if record.base != composition.base:
+                return State("broken", f"its member {member.id!r} belongs to the model {self._name(record.base)} now")
         return State("ready")
-
-    @contextmanager
-    def reserved(self, id: str, by: str) -> Iterator[None]:
-        """Keep ``id`` for what is to be made by ``by``. Raises ``InvalidRequest``, ``Conflict``."""
-        self.registry.names.check_free(id)
-        self._coming[id] = by
-        try:
-            yield
-        finally:
-            del self._coming[id]
 
     async def create(
         self,
@@ -131,19 +92,17 @@ class Compositions:
         combination: Combination,
         *,
         description: str | None = None,
-        provenance: dict[str, Any] | None = None,
     ) -> NamedComposition:
         """Keep a new one.
 
         Raises:
-            InvalidRequest, Conflict: the id cannot be used, or is taken.
+            InvalidRequest, Conflict: the id cannot be used, or is taken; the members are of several models.
             NotFound: a member is not served, naming it.
             OSError: it cannot be written, and then there is none.
         """
-        with self.reserved(id, "another request"):
-            return await self.put_reserved(
-                NamedComposition(id, tuple(members), combination, int(time.time()), description, provenance)
-            )
+        base = self.model_of(members)
+        made = NamedComposition(id, tuple(members), combination, int(time.time()), description, base=base)
+        return await self.keep(made)
 
     async def put_reserved(self, composition: NamedComposition) -> NamedComposition:
         """Keep one whose id the caller has reserved; else as ``create``."""
@@ -160,42 +119,60 @@ class Compositions:
         description: str | None = None,
         if_match: str | None = None,
     ) -> NamedComposition:
-        """Have ``id`` mean something else for new requests; those under way finish on what they started with.
+        """Have ``id`` mean something else, of the same model, as ``change`` does.
 
         Raises:
-            NotFound, Conflict: no such id or member, or another revision than ``if_match``.
-            OSError: it cannot be written, and the old one stays.
+            InvalidRequest: the members are of another model.
+            NotFound, Conflict, OSError: as ``change`` and ``create`` do.
         """
-        async with self._writing:
-            old = self.get(id)
-            if if_match is not None and if_match != old.revision:
-                raise Conflict(
-                    f"composition {id!r} is at revision {old.revision}, not {if_match[:64]!a}",
-                    param="if_match",
-                    code="precondition_failed",
-                )
-            self.check_members(members)
-            new = NamedComposition(id, tuple(members), combination, old.created, description)
-            await self._manifest.put(new)
-            return new
 
-    async def delete(self, id: str) -> None:
-        """Forget one; requests under way finish. Raises ``NotFound``, ``OSError``."""
-        async with self._writing:
-            self.get(id)
-            await self._manifest.drop(id)
-        for hook in self.registry.on_unloaded:
-            hook(id)
+        def changed(old: NamedComposition) -> NamedComposition:
+            if (base := self.model_of(members)) != old.base:
+                raise InvalidRequest(
+                    f"'adapters[0].id': {members[0].id!r} belongs to the model {self._name(base)}, and composition "
+                    f"{id!r} to {self._name(old.base)}; name a new one",
+                    param="adapters[0].id",
+                    code="wrong_base",
+                )
+            return NamedComposition(id, tuple(members), combination, old.created, description, base=base)
+
+        return await self.change(id, changed, if_match)
+
+    def model_of(self, members: Sequence[WeighedId], field: str = "adapters[{}].id") -> str | None:
+        """The proxy model that all members belong to; None: the main one.
+
+        Raises:
+            NotFound, InvalidRequest: naming the member's ``field``, as ``check_members``; or where it is of another
+                model than the first.
+        """
+        self.check_members(members, field)
+        first, *others = (self.registry.get(member.id).base for member in members)
+        for index, base in enumerate(others, 1):
+            if base != first:
+                param = field.format(index)
+                raise InvalidRequest(
+                    f"'{param}': adapter {members[index].id!r} belongs to the model {self._name(base)}, and "
+                    f"{members[0].id!r} to {self._name(first)}; a composition is of adapters of one model",
+                    param=param,
+                    code="wrong_base",
+                )
+        return first
 
     def check_members(self, members: Sequence[WeighedId], field: str = "adapters[{}].id") -> None:
         """Raises ``NotFound``, ``InvalidRequest``, naming the member's ``field``, unless every member is served."""
         for index, member in enumerate(members):
             id, param = member.id, field.format(index)
-            if id in self.ids():
-                raise InvalidRequest(f"'{param}': {id!r} is a composition itself; name its members", param=param)
+            kind = self.registry.names.kind_of(id)
+            if kind not in (None, self.registry.kind):
+                rest = "; name its members" if kind == self.kind else ", and adapters are what is composed"
+                raise InvalidRequest(f"'{param}': {id!r} is a {kind} itself{rest}", param=param)
             try:
                 record = self.registry.get(id)
             except NotFound as error:
                 raise NotFound(f"'{param}': {error.message}", param=param) from None
             if record.state != "ready":
                 raise NotFound(f"'{param}': adapter {id!r} is not served ({record.state})", param=param)
+
+    def _name(self, base: str | None) -> str:
+        """A model's name as errors show it."""
+        return repr(base or self.registry.names.base_names[0])

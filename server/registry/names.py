@@ -45,8 +45,12 @@ class Names:
             if taken := holder.describe(id):
                 raise Conflict(taken, param="id", code=f"{holder.kind}_exists")
 
+    def kind_of(self, id: str) -> str | None:
+        """What kind of thing has ``id``, or is being made under it; None: nothing."""
+        return next((holder.kind for holder in self._holders if holder.describe(id)), None)
+
     def known(self, id: str) -> bool:
-        return any(holder.describe(id) for holder in self._holders)
+        return self.kind_of(id) is not None
 
     def ids(self) -> list[str]:
         """All of them, of whatever kind."""

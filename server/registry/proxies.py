@@ -6,15 +6,14 @@ listed as broken, and works again when the member is back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
 from pathlib import Path
 
 import msgspec
 
 from weft.adapters.composition import Combination
-from weft.server.errors import NotFound
 from weft.server.registry.compositions import WeighedId
-from weft.server.registry.manifest import Manifest
+from weft.server.registry.named import Named
 from weft.server.registry.registry import AdapterRegistry
 
 FILE = "proxies.json"
@@ -67,60 +66,16 @@ class NamedProxy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     alpha: float = 1.0
     base_top_p: float | None = None
 
+    @property
+    def revision(self) -> str:
+        """A digest of what requests see of it, for ``If-Match``."""
+        content = (self.expert, self.anti_expert, self.base, self.alpha, self.base_top_p)
+        return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
 
-class Proxies:
+
+class Proxies(Named[NamedProxy]):
     """Named proxies by id. All methods on one event loop."""
-
-    kind = "proxy"
 
     def __init__(self, folder: Path, registry: AdapterRegistry) -> None:
         """Read what ``folder``, this server's alone, has of earlier runs. Raises ``ConfigError`` if it is damaged."""
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._manifest = Manifest(folder / FILE, "proxies", NamedProxy)
-        self._registry = registry
-        self._coming: set[str] = set()
-        registry.names.join(self)
-
-    def ids(self) -> Iterable[str]:
-        """As ``Names`` asks for them."""
-        return [*self._manifest.entries, *self._coming]
-
-    def describe(self, id: str) -> str | None:
-        """As ``Names`` asks for it."""
-        return f"proxy {id!r} exists already" if id in self._manifest.entries or id in self._coming else None
-
-    def find(self, id: str) -> NamedProxy | None:
-        return self._manifest.entries.get(id)
-
-    def get(self, id: str) -> NamedProxy:
-        """Raises ``NotFound``."""
-        found = self.find(id)
-        if found is None:
-            raise NotFound(f"there is no proxy {id!r}", param="id", code="proxy_not_found")
-        return found
-
-    def list(self) -> list[NamedProxy]:
-        """Oldest first."""
-        return sorted(self._manifest.entries.values(), key=lambda entry: (entry.created, entry.id))
-
-    async def create(self, proxy: NamedProxy) -> NamedProxy:
-        """Keep a new one, whose members the caller has checked.
-
-        Raises:
-            InvalidRequest, Conflict: the id cannot be used, or is taken.
-            OSError: it cannot be written, and then there is none.
-        """
-        self._registry.names.check_free(proxy.id)
-        self._coming.add(proxy.id)
-        try:
-            await self._manifest.put(proxy)
-        finally:
-            self._coming.discard(proxy.id)
-        return proxy
-
-    async def delete(self, id: str) -> None:
-        """Forget one; requests under way finish. Raises ``NotFound``, ``OSError``."""
-        self.get(id)
-        await self._manifest.drop(id)
-        for hook in self._registry.on_unloaded:
-            hook(id)
+        super().__init__("proxy", folder / FILE, NamedProxy, registry)

@@ -19,7 +19,7 @@ from weft.server.engine.request import COMPOSED
 from weft.server.errors import EngineUnavailable, InvalidRequest, Overloaded
 from weft.server.http.stream import DONE
 from weft.server.registry import compositions as named
-from weft.server.registry.compositions import Compositions, WeighedId
+from weft.server.registry.compositions import Compositions, NamedComposition, WeighedId
 
 PATHS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "the cat"},
@@ -276,10 +276,11 @@ async def test_after_a_members_replacement_new_requests_see_it(served: Served) -
 async def test_they_survive_a_restart(served: Served, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     first = Compositions(folder, served.registry)  # type: ignore[arg-type]
-    made = await first.create("kept", [WeighedId("a", 1.0)], "linear", description="é", provenance={"seed": 42})
+    members, found = (WeighedId("a", 1.0),), {"seed": 42}
+    made = await first.keep(NamedComposition("kept", members, "linear", 5, "é", found, base="small"))
     served.registry.names._holders.remove(first)
     again = Compositions(folder, served.registry)  # type: ignore[arg-type]
-    assert again.list() == [made] and again.state(made).error is None
+    assert again.list() == [made] and again.state(made).error == "its member 'a' belongs to the model 'base' now"
     assert json.loads((folder / named.FILE).read_text())["compositions"][0]["id"] == "kept"
     (folder / named.FILE).write_text('{"schema": 1, "compositions": [{"id": "x"}]}')
     with pytest.raises(ConfigError, match=named.FILE):

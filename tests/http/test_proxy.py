@@ -213,8 +213,8 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     (term(adapters=[{"id": "x", "weight": 1}]), 400, "logit_arithmetic[1].adapters[0].id"),
     (term(adapters=[{"id": "z", "weight": 1}]), 404, "logit_arithmetic[1].adapters[0].id"),
     (term(adapters=[]), 400, "logit_arithmetic[1].adapters"),
-    (term(adapter="a", adapters=[{"id": "a", "weight": 1}]), 400, "adapters"),
-    (term(combination="linear"), 400, "combination"),
+    (term(adapter="a", adapters=[{"id": "a", "weight": 1}]), 400, "logit_arithmetic[1].adapters"),
+    (term(combination="linear"), 400, "logit_arithmetic[1].combination"),
     (term(weight=1e9), 400, "logit_arithmetic[1].weight"),
     ({**term(prompt=""), "add_special_tokens": False}, 400, "logit_arithmetic[1]"),
     (term(prompt=[]), 400, "logit_arithmetic[1].prompt"),
@@ -227,7 +227,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     (term(model="small", prompt=[5] * (MAX_MODEL_LEN // 2)), 400, "logit_arithmetic[1]"),
     (term(messages=[{"role": "tool", "content": "x"}]), 400, "logit_arithmetic[1].messages"),
     (term(messages=[], prompt="x"), 400, "logit_arithmetic[1].messages"),
-    (term(messages=[{"role": "user", "content": "x"}], prompt="x"), 400, "logit_arithmetic"),
+    (term(messages=[{"role": "user", "content": "x"}], prompt="x"), 400, "logit_arithmetic[1]"),
     ({**proxy(), "max_tokens": MAX_MODEL_LEN // 2}, 400, "proxy.expert"),
     ({**proxy(), "prompt_logprobs": 1, "stream": False}, 400, "prompt_logprobs"),
     ({"model": "p", "prompt_logprobs": 1, "stream": False}, 400, "prompt_logprobs"),
@@ -316,7 +316,7 @@ async def test_a_named_proxy_is_a_model(served: Served) -> None:
     card = await named(served, base="a", alpha=0.5, base_top_p=0.75)
     assert card == {
         "id": "p", "object": "proxy", "created": card["created"], "state": "ready", "error": None, "base": "a",
-        **PROXY, "alpha": 0.5, "base_top_p": 0.75,
+        **PROXY, "alpha": 0.5, "base_top_p": 0.75, "revision": card["revision"],
     }  # fmt: skip
     for path in BODIES:
         steered = await asked(served, path, model="p")
