@@ -1,4 +1,4 @@
-"""The command line: ``weft serve``, ``weft adapter``, ``weft compose``, ``weft check`` and ``weft bench``.
+"""The command line: ``weft serve``, ``weft adapter``, ``weft compose``, ``weft proxy``, ``weft check``, ``weft bench``.
 
 Nothing here imports torch, transformers or the HTTP packages before a command that needs them runs.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from weft.server.cli import adapter, bench, check, compose, serve
+from weft.server.cli import adapter, bench, check, compose, proxy, serve
 
 
 def create_cli() -> typer.Typer:
@@ -21,6 +21,7 @@ def create_cli() -> typer.Typer:
     cli.command("serve")(serve.command())
     cli.add_typer(adapter.create_cli(), name="adapter")
     cli.add_typer(compose.create_cli(), name="compose")
+    cli.add_typer(proxy.create_cli(), name="proxy")
     cli.command("check")(check.check)
     cli.command("bench")(bench.bench)
     return cli

@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     import httpx
 
 
+NEXT = {
+    "invalid_api_key": "give the server's key as --admin-key or WEFT_ADMIN_KEY",
+    "model_not_found": "weft adapter list shows the adapters there are",
+    "composition_not_found": "weft compose list shows those there are",
+    "proxy_not_found": "weft proxy list shows those there are",
+    "adapter_exists": "take another id, or change what it means with weft adapter replace",
+    "composition_exists": "take another id, or change what it means with weft compose replace",
+    "proxy_exists": "take another id, or change what it means with weft proxy replace",
+    "precondition_failed": "somebody changed it; look at it again with show",
+}
+"""What to do after an error, by its code."""
+
+
 class RemoteError(Exception):
     """The server refused, or could not be reached; the message says why."""
 
@@ -67,7 +80,12 @@ class Server:
         try:
             reply = self._client.request(method, path, json=body, params=params, headers=headers)
         except httpx.HTTPError as error:
-            raise RemoteError(f"no answer from {self._client.base_url}: {error or type(error).__name__}") from error
+            raise RemoteError(
+                f"no answer from {self._client.base_url}: {error or type(error).__name__}; start one with weft serve, "
+                "or name another with --url"
+            ) from error
+        except ValueError as error:
+            raise RemoteError(f"the request is no JSON: {error}") from error  # NaN, infinity
         if reply.is_success:
             return reply.json() if reply.content else None
         raise RemoteError(_reason(reply))
@@ -123,6 +141,7 @@ def _is_loopback(url: str) -> bool:
 def _reason(reply: httpx.Response) -> str:
     try:
         error = reply.json()["error"]
-        return f"{error['message']} ({reply.status_code}, {error['code']})"
+        next_step = f"; {NEXT[error['code']]}" if error["code"] in NEXT else ""
+        return f"{error['message']} ({reply.status_code}, {error['code']}){next_step}"
     except (ValueError, LookupError, TypeError):
         return f"{reply.status_code} {reply.reason_phrase} from {reply.request.url}"

@@ -8,13 +8,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
 
 import typer
 
-from weft.server.cli.adapter import Json, Key, StateDir, Url, busy, connected
 from weft.server.cli.client import RemoteError, Server
 from weft.server.cli.plot import curve
+from weft.server.cli.remote import (
+    IfMatch,
+    Json,
+    Key,
+    StateDir,
+    Url,
+    busy,
+    connected,
+    finite,
+    matching,
+    path_of,
+    print_answer,
+    print_table,
+)
 from weft.server.cli.terminal import fail
 
 if TYPE_CHECKING:
@@ -23,6 +35,9 @@ if TYPE_CHECKING:
 PATH = "/admin/compositions"
 Id = Annotated[
     str, typer.Argument(metavar="ID", help="The composition's id, the `model` of requests.", show_default=False)
+]
+Members = Annotated[
+    list[str], typer.Argument(metavar="ADAPTER=WEIGHT...", help="The adapters and their weights.", show_default=False)
 ]
 Combination = Annotated[
     str, typer.Option("--combination", help="lorahub: (Σ w B)(Σ w A). linear: Σ w ΔW.", metavar="NAME")
@@ -34,9 +49,9 @@ def create_cli() -> typer.Typer:
     """The group of commands, as a typer application."""
     cli = typer.Typer(
         no_args_is_help=True,
-        help="Name, list, show and delete compositions of adapters on a running server; find their weights.",
+        help="Name, list, show, replace and delete compositions of adapters on a running server; find their weights.",
     )
-    for command in (list_, create, show, delete, fit):
+    for command in (list_, create, show, replace, delete, fit):
         cli.command(command.__name__.rstrip("_"))(command)
     return cli
 
@@ -53,7 +68,7 @@ def list_(url: Url = None, admin_key: Key = None, state_dir: StateDir = None, as
 
 def create(
     id: Id,
-    members: Annotated[list[str], typer.Argument(metavar="ADAPTER=WEIGHT...", help="The adapters and their weights.")],
+    members: Members,
     combination: Combination = "lorahub",
     description: Description = None,
     url: Url = None,
@@ -62,23 +77,21 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Name a composition of adapters and serve it under ID."""
-    body = {"id": id, "adapters": [_member(text) for text in members], "combination": combination}
-    if description is not None:
-        body["description"] = description
+    body = {"id": id, **_body(members, combination, description)}
     with connected(url, admin_key, state_dir) as server, busy(f"composing {id}"):
         record = server.request("POST", PATH, body)
-    typer.echo(json.dumps(record, indent=2) if as_json else f"{id} is served: {summary(record)}")
+    print_answer(record, as_json, f"{id} is served: {summary(record)}")
 
 
 def show(id: Id, url: Url = None, admin_key: Key = None, state_dir: StateDir = None, as_json: Json = False) -> None:
     """Show a composition, and the losses of the search that found it, if one did."""
     with connected(url, admin_key, state_dir) as server:
-        record = server.request("GET", _path(id))
+        record = server.request("GET", path_of(PATH, id))
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return
     typer.echo(f"{id} ({record['state']}): {summary(record)}")
-    for name in ("error", "description"):
+    for name in ("error", "description", "base", "revision"):
         if record[name]:
             typer.echo(f"{name}: {record[name]}")
     if found := record["provenance"]:
@@ -89,11 +102,29 @@ def show(id: Id, url: Url = None, admin_key: Key = None, state_dir: StateDir = N
         )
 
 
+def replace(
+    id: Id,
+    members: Members,
+    combination: Combination = "lorahub",
+    description: Description = None,
+    if_match: IfMatch = None,
+    url: Url = None,
+    admin_key: Key = None,
+    state_dir: StateDir = None,
+    as_json: Json = False,
+) -> None:
+    """Have ID mean another composition in one step; requests under way finish on the one they started with."""
+    body = _body(members, combination, description)
+    with connected(url, admin_key, state_dir) as server, busy(f"composing {id}"):
+        record = server.request("PUT", path_of(PATH, id), body, headers=matching(if_match))
+    print_answer(record, as_json, f"{id} is replaced: {summary(record)}")
+
+
 def delete(id: Id, url: Url = None, admin_key: Key = None, state_dir: StateDir = None, as_json: Json = False) -> None:
     """Forget a composition; its adapters stay."""
     with connected(url, admin_key, state_dir) as server:
-        answer = server.request("DELETE", _path(id))
-    typer.echo(json.dumps(answer, indent=2) if as_json else f"{id} is deleted")
+        answer = server.request("DELETE", path_of(PATH, id))
+    print_answer(answer, as_json, f"{id} is deleted")
 
 
 def fit(
@@ -165,16 +196,20 @@ def summary(record: Mapping[str, Any]) -> str:
     return f"{terms} ({record['combination']})"
 
 
+def _body(members: Sequence[str], combination: str, description: str | None) -> dict[str, Any]:
+    """What a composition is to be."""
+    body = {"adapters": [_member(text) for text in members], "combination": combination}
+    return body if description is None else {**body, "description": description}
+
+
 def _member(text: str) -> dict[str, Any]:
-    id, equals, weight = text.rpartition("=")
+    id, _, weight = text.rpartition("=")
+    if not id:
+        fail(f"{text!r} is not ADAPTER=WEIGHT")
     try:
-        return {"id": id if equals else "", "weight": float(weight)} if id else fail(f"{text!r} is not ADAPTER=WEIGHT")
+        return {"id": id, "weight": finite(text, float(weight))}
     except ValueError:
         fail(f"{text!r} is not ADAPTER=WEIGHT: {weight!r} is no number")
-
-
-def _path(id: str) -> str:
-    return f"{PATH}/{quote(id, safe='')}"
 
 
 def _follow(server: Server, job: Mapping[str, Any], budget: int) -> Any:
@@ -216,12 +251,8 @@ def _progress(budget: int) -> Iterator[Callable[[float | None], None]]:
 
 
 def _print_table(records: Sequence[Mapping[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("id", "state", "composition", "description")
-    for record in records:
-        cells = (record["id"], record["state"], summary(record), record["description"] or "-")
-        table.add_row(*map(Text, cells))  # Text, not str: brackets in an id are no markup
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    columns = ("id", "base", "state", "composition", "description")
+    print_table(
+        columns,
+        ((one["id"], one["base"] or "-", one["state"], summary(one), one["description"] or "-") for one in records),
+    )

@@ -77,6 +77,15 @@ def test_the_life_of_a_composition_from_a_shell(server: Serving, home: Path) -> 
     only = completion(server, adapters=[{"id": "b", "weight": 1}], combination="linear").json()["choices"][0]["text"]
     assert only == server.complete("b")
 
+    other = ("ab", "b=1", "--combination", "linear", "--description", "b alone")
+    stale = compose(server, home, "replace", *other, "--if-match", "0" * 64)
+    assert stale.exit_code == 1 and "(412, precondition_failed); somebody changed it" in stale.stderr
+    assert f"revision: {card['revision']}" in compose(server, home, "show", "ab").stdout
+    replaced = compose(server, home, "replace", *other, "--if-match", card["revision"])
+    assert replaced.stdout == "ab is replaced: 1 × b (linear)\n", replaced.stderr
+    assert server.complete("ab") == server.complete("b")
+    assert "description: b alone" in compose(server, home, "show", "ab").stdout
+
     assert compose(server, home, "delete", "ab").stdout == "ab is deleted\n"
     assert completion(server, model="ab").status_code == 404
 
@@ -87,6 +96,8 @@ def test_the_life_of_a_composition_from_a_shell(server: Serving, home: Path) -> 
         (["create", "x", "a"], r"'a' is not ADAPTER=WEIGHT"),
         (["create", "x", "a=much"], r"'much' is no number"),
         (["create", "x", "nobody=1"], r"'adapters\[0\].id'.*\(404, "),
+        (["create", "x", "a=nan"], r"a=nan: nan is not a finite number"),
+        (["replace", "x", "a=1"], r"no composition 'x' \(404, composition_not_found\); weft compose list"),
         (["create", "a", "b=1"], r"adapter 'a' exists already .*\(409, adapter_exists\)"),
         (["create", "x", "a=1", "other=1"], r"adapters\[1\] cannot be composed.*\(400, "),
         (["create", "x", "a=1", "--combination", "svd"], r"combination"),
