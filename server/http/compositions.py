@@ -90,8 +90,8 @@ async def replace(
 ) -> Response:
     """Have an id mean another composition. Requests under way finish on the one they started with."""
     state = server_state(request)
-    state.compositions.get(id)
     members = weighed_ids(body.adapters)
+    state.compositions.check_replacement(state.compositions.get(id), members)
     await _check_composable(state, members, body.combination)
     made = await state.compositions.replace(
         id, members, body.combination, description=body.description, if_match=if_match_version(if_match)

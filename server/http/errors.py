@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -134,9 +135,8 @@ def _validation_error(errors: Sequence[Mapping[str, Any]]) -> ErrorReply:
     first = errors[0]
     param = _path(first["loc"])
     if first["type"] == "json_invalid":
-        return ErrorReply(
-            400, "invalid_request_error", f"the body is not valid JSON: {first['ctx']['error']}", None, "invalid_json"
-        )
+        message = f"the body is not valid JSON: {first['ctx']['error']}, at character {first['loc'][-1]}"
+        return ErrorReply(400, "invalid_request_error", message, None, "invalid_json")
     if param is None:
         message = "the body must be a JSON object, sent with Content-Type: application/json"
         return ErrorReply(400, "invalid_request_error", message, None, "invalid_body")
@@ -168,8 +168,10 @@ def _path(loc: Sequence[str | int]) -> str | None:
 
 
 def _shown(value: object) -> str:
-    # The repr of a big value would be built whole only to be cut.
-    if isinstance(value, list | dict) and len(value) > 8:
-        return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)} items"
+    # The repr of a big value would be built whole only to be cut, and that of a deep one does not end.
+    if isinstance(value, list | dict):
+        if len(value) > 8:
+            return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)} items"
+        return reprlib.repr(value)[:MAX_SHOWN]
     text = repr(value[:MAX_SHOWN] if isinstance(value, str) else value)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"

@@ -88,7 +88,7 @@ def leased(state: ServerState, wanted: Wanted, held: ExitStack) -> Resolved:
         return Resolved()
     if model in state.client.info.proxies:
         raise InvalidRequest(
-            f"{model!r} is a proxy model, which serves inside 'proxy' and 'logit_arithmetic'",
+            f"{_where(at)}{model!r} is a proxy model, which serves inside 'proxy' and 'logit_arithmetic'",
             param=at,
             code="proxy_model",
         )
@@ -100,7 +100,8 @@ def leased(state: ServerState, wanted: Wanted, held: ExitStack) -> Resolved:
         return Resolved(record.id, record.version, None, (record.id,), record.info.choices)
     _check_base(state, f"composition {model!r}", named.base, wanted.base, at)
     if error := state.compositions.state(named).error:
-        raise Conflict(f"composition {model!r} is not served: {error}", param=at, code="composition_broken")
+        message = f"{_where(at)}composition {model!r} is not served: {error}"
+        raise Conflict(message, param=at, code="composition_broken")
     composition = _composition(state, wanted, named.members, named.combination, held)
     return Resolved(named.id, None, composition, _ids(named.members))
 
@@ -109,9 +110,14 @@ def _adapter(state: ServerState, id: str, base: str | None, at: str, held: ExitS
     try:
         record = held.enter_context(state.registry.lease(id))
     except NotFound as error:
-        raise NotFound(error.message, param=at, code=error.code) from None
+        raise NotFound(_where(at) + error.message, param=at, code=error.code) from None
     _check_base(state, f"adapter {id!r}", record.base, base, at)
     return record
+
+
+def _where(at: str) -> str:
+    """Which field an error is about, in front of its message; of a request's model that goes without saying."""
+    return "" if at == "model" else f"'{at}': "
 
 
 def _check_base(state: ServerState, what: str, base: str | None, wanted: str | None, at: str) -> None:

@@ -127,16 +127,20 @@ class Compositions(Named[NamedComposition]):
         """
 
         def changed(old: NamedComposition) -> NamedComposition:
-            if (base := self.model_of(members)) != old.base:
-                raise InvalidRequest(
-                    f"'adapters[0].id': {members[0].id!r} belongs to the model {self._name(base)}, and composition "
-                    f"{id!r} to {self._name(old.base)}; name a new one",
-                    param="adapters[0].id",
-                    code="wrong_base",
-                )
-            return NamedComposition(id, tuple(members), combination, old.created, description, base=base)
+            self.check_replacement(old, members)
+            return NamedComposition(id, tuple(members), combination, old.created, description, base=old.base)
 
         return await self.change(id, changed, if_match)
+
+    def check_replacement(self, old: NamedComposition, members: Sequence[WeighedId]) -> None:
+        """As ``model_of``; and raises ``InvalidRequest`` where the members are of another model than ``old``."""
+        if (base := self.model_of(members)) != old.base:
+            raise InvalidRequest(
+                f"'adapters[0].id': adapter {members[0].id!r} belongs to the model {self._name(base)}, and composition "
+                f"{old.id!r} to {self._name(old.base)}; name a new one",
+                param="adapters[0].id",
+                code="wrong_base",
+            )
 
     def model_of(self, members: Sequence[WeighedId], field: str = "adapters[{}].id") -> str | None:
         """The proxy model that all members belong to; None: the main one.
