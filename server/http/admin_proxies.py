@@ -10,17 +10,15 @@ import structlog
 from fastapi import APIRouter, Header, Request
 from starlette.responses import Response
 
-from weft.server.errors import Conflict
 from weft.server.http.admin import if_match_version
 from weft.server.http.admin_schemas import ProxyCreate, ProxyReplace
-from weft.server.http.arithmetic import steered_by, steering
+from weft.server.http.arithmetic import any_messages, problem, steering
 from weft.server.http.auth import BEARER, AdminRoute
 from weft.server.http.errors import DOCUMENTED
 from weft.server.http.resolution import Wanted, leased
 from weft.server.http.responses import JsonResponse, revised
 from weft.server.http.state import ServerState, server_state
 from weft.server.registry.proxies import NamedProxy, Stream
-from weft.server.tokenization import Tokenizer
 
 log = structlog.get_logger(__name__)
 
@@ -76,29 +74,14 @@ async def delete(request: Request, id: str) -> Response:
     return JsonResponse({"id": id, "object": "proxy", "deleted": True})
 
 
-def problem(state: ServerState, proxy: NamedProxy) -> str | None:
-    """Why a proxy cannot be served now; None where it can."""
-    try:
-        with ExitStack() as held:
-            steered_by(state, proxy, None, _any_messages, held)
-    except Conflict as error:
-        return error.message
-    return None
-
-
 def _named(state: ServerState, id: str, created: int, body: ProxyReplace) -> NamedProxy:
     """The proxy that a body asks for. Raises ``RequestError``, naming the field, where it could not be served now."""
     asked = body.asked(field="")
     with ExitStack() as held:
         own = leased(state, Wanted(body.base or state.base_name, at="base"), held)
-        steering(state, asked, own, {}, _any_messages, held)
+        steering(state, asked, own, {}, any_messages, held)
     expert, anti_expert = (term.stream for term in asked.terms)
     return NamedProxy(id, created, expert, anti_expert, body.base, asked.terms[0].weight, body.base_top_p)
-
-
-def _any_messages(tokenizer: Tokenizer) -> list[int]:
-    """Stands for a request's messages where names are resolved and nothing is generated."""
-    return []
 
 
 def _card(state: ServerState, proxy: NamedProxy) -> dict[str, Any]:

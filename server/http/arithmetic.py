@@ -164,6 +164,21 @@ def steered_by(
     return own, replace(steered, field="model")
 
 
+def problem(state: ServerState, proxy: NamedProxy) -> str | None:
+    """Why a proxy cannot be served now; None where it can."""
+    try:
+        with ExitStack() as held:
+            steered_by(state, proxy, None, any_messages, held)
+    except Conflict as error:
+        return error.message
+    return None
+
+
+def any_messages(tokenizer: Tokenizer) -> list[int]:
+    """Stands for a request's messages where names are resolved and nothing is generated."""
+    return []
+
+
 def check_terms(steered: Steering, prompts: Sequence[Sequence[int]], wanted: int | None, info: ModelInfo) -> None:
     """Refuse, with ``InvalidRequest``, prompts that a further stream could not be given. ``wanted``: new tokens."""
     for term, field in zip(steered.arithmetic.terms, steered.fields, strict=True):

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from weft.server.errors import NotFound
+from weft.server.http.arithmetic import problem
 from weft.server.http.auth import BEARER, ApiRoute
 from weft.server.http.chat import ChatFormat
 from weft.server.http.completions import CompletionFormat
@@ -57,13 +58,13 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
 
 
 async def list_models(request: Request) -> Response:
-    """The base, the adapters and the named compositions that are served."""
+    """The base, and the adapters, compositions and proxies that are served; then the proxy models."""
     state = server_state(request)
     cards = [_base_card(state, name) for name in state.base_names]
     cards += [_adapter_card(state, record) for record in state.registry.list() if record.state == "ready"]
     named = state.compositions
     cards += [_composition_card(state, one) for one in named.list() if named.state(one).error is None]
-    cards += [_proxy_card(state, proxy) for proxy in state.proxies.list()]
+    cards += [_proxy_card(state, proxy) for proxy in state.proxies.list() if problem(state, proxy) is None]
     cards += [_proxy_model_card(state, name) for name in state.client.info.proxies]
     return JsonResponse({"object": "list", "data": cards})
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.http.conftest import ADMIN, Serve, Served, events
 from weft.adapters.composition import Composition, Member
 from weft.server.config import ConfigError
+from weft.server.engine.arithmetic import LogitArithmetic, Term
 from weft.server.engine.request import COMPOSED
 from weft.server.errors import EngineUnavailable, InvalidRequest, Overloaded
 from weft.server.http.stream import DONE
@@ -271,6 +272,107 @@ async def test_after_a_members_replacement_new_requests_see_it(served: Served) -
     versions = [request.composition.versions for request in served.client.requests[1:]]
     assert versions == [("v1", "v2"), ("v1", "v2+")]
     first.cancel()
+
+
+# --- of a proxy model's adapters ---
+
+
+@pytest.fixture
+def with_small(served: Served) -> Served:
+    """With the proxy model ``small`` and its adapters ``x`` and ``y`` as well."""
+    client, registry = served.client, served.registry
+    client.info = replace(client.info, proxies={"small": replace(client.info, model="small", max_model_len=99)})
+    registry.names.base_names = (*registry.names.base_names, "small")
+    for id in ("x", "y"):
+        registry.records[id] = replace(registry.add(id, f"version-of-{id}"), base="small")
+    return served
+
+
+XY = [{"id": "x", "weight": 0.5}, {"id": "y", "weight": -1}]
+OF_SMALL = Composition((Member("version-of-x", 0.5), Member("version-of-y", -1.0)), "lorahub")
+
+
+async def test_adapters_of_a_proxy_model_are_composed_for_it(with_small: Served) -> None:
+    served = with_small
+    made = await create(served, "xy", adapters=XY)
+    assert (made["base"], made["state"], made["adapters"]) == ("small", "ready", XY)
+    probe = served.client.requests.pop()
+    term = Term(1.0, "small", None, COMPOSED, OF_SMALL)
+    assert probe.arithmetic == LogitArithmetic((term,), weight=0.0) and probe.composition is None
+    assert (await create(served))["base"] is None
+    models = {model["id"]: model for model in (await served.http.get("/v1/models")).json()["data"]}
+    card = models["xy"]
+    assert (card["parent"], card["root"], card["max_model_len"], card["proxy_only"]) == ("small", "small", 99, True)
+    assert card["adapters"] == XY and card == (await served.http.get("/v1/models/xy")).json()
+    assert "proxy_only" not in models["ab"] and models["ab"]["parent"] == "base"
+
+    named = replace(term, adapter_name="xy")
+    side = {"model": "small", "adapter": "xy"}
+    for fields in (
+        {"proxy": {"expert": side, "anti_expert": {"model": "small"}}},
+        {"logit_arithmetic": [{**side, "weight": 1}]},
+    ):
+        await served.complete(**fields)
+        request = served.client.requests[-1]
+        assert request.arithmetic.terms[0] == named
+        assert set(served.client.holding[request.request_id]) == {"x", "y"}
+
+    errors = [
+        await served.error("/v1/completions", {"model": id, "prompt": "x"}, 400) for id in ("x", "xy")
+    ]  # the same of both
+    messages = {error.pop("message").replace("adapter 'x'", "").replace("composition 'xy'", "") for error in errors}
+    assert errors[0] == errors[1] and errors[0]["code"] == "wrong_base" and len(messages) == 1
+
+
+async def test_a_composition_stays_of_its_model(with_small: Served) -> None:
+    served = with_small
+    await create(served, "xy", adapters=XY)
+    probes = len(served.client.requests)
+    for id, adapters, param in (("xy", AB, "adapters[0].id"), ("xy", [XY[0], AB[0]], "adapters[1].id")):
+        reply = await admin(served, "PUT", f"/compositions/{id}", {"adapters": adapters})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"], error["code"]) == (400, param, "wrong_base")
+    assert len(served.client.requests) == probes
+    reply = await admin(served, "PUT", "/compositions/xy", {"adapters": [{"id": "y", "weight": 2}]})
+    assert reply.json()["base"] == "small" and len(served.client.requests) == probes + 1
+    side = {"model": "small", "adapter": "xy"}
+    body = {"model": "base", "prompt": "x", "proxy": {"expert": side, "anti_expert": {"model": "small"}}}
+    # A member that comes back as another model's breaks it, as one that is gone does.
+    for record, reason in ((None, "is not served"), (served.registry.records["a"], "belongs to the model 'base' now")):
+        served.registry.records.pop("y")
+        if record is not None:
+            served.registry.records["y"] = replace(record, id="y")
+        error = await served.error("/v1/completions", body, 409)
+        assert error["code"] == "composition_broken" and error["param"] == "proxy.expert.adapter"
+        assert reason in error["message"]
+        assert reason in (await admin(served, "GET", "/compositions/xy")).json()["error"]
+        served.registry.records["y"] = replace(served.registry.records["x"], id="y")
+    assert (await served.post("/v1/completions", body)).status_code == 200
+
+
+async def test_what_a_server_without_its_model_says_of_it(with_small: Served) -> None:
+    served = with_small
+    await create(served, "xy", adapters=XY)
+    served.client.info = replace(served.client.info, proxies={})
+    for id in ("x", "y"):
+        served.registry.records[id] = replace(served.registry.records[id], state="failed", error="no such model")
+    ids = [model["id"] for model in (await served.http.get("/v1/models")).json()["data"]]
+    assert not {"x", "y", "xy"} & {*ids}
+    for id in ("x", "xy"):
+        reply = await served.http.get(f"/v1/models/{id}")
+        assert reply.status_code == 404 and "'small'" in reply.json()["error"]["message"]
+    assert (await admin(served, "GET", "/compositions/xy")).json()["state"] == "broken"
+    assert (await admin(served, "DELETE", "/compositions/xy")).status_code == 200
+
+
+async def test_the_engines_refusal_of_a_proxy_models_members(with_small: Served) -> None:
+    served = with_small
+    field = "logit_arithmetic[0].adapters[1]"
+    served.client.fail = InvalidRequest("logit_arithmetic[0]: adapters[1] cannot be composed: no LoRA", param=field)
+    reply = await admin(served, "POST", "/compositions", {"id": "xy", "adapters": XY})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, "adapters[1]")
+    assert error["message"] == "adapters[1] cannot be composed: no LoRA"
 
 
 async def test_they_survive_a_restart(served: Served, tmp_path: Path) -> None:

@@ -326,6 +326,7 @@ PATHS = [
     ("POST", "/admin/compositions/fit"),
     ("GET", "/admin/jobs/a"),
     ("POST", "/admin/proxies"),
+    ("PUT", "/admin/proxies/a"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
 ]

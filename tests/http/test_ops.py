@@ -41,6 +41,7 @@ NEEDS_ADMIN = [
     ("POST", "/admin/proxies"),
     ("GET", "/admin/proxies"),
     ("GET", "/admin/proxies/a"),
+    ("PUT", "/admin/proxies/a"),
     ("DELETE", "/admin/proxies/a"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),

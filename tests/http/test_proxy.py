@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from weft.server.errors import InvalidRequest
 from weft.server.http.steering import MAX_TERMS
 from weft.server.registry.compositions import WeighedId
 from weft.server.registry.names import Names
-from weft.server.registry.proxies import Proxies
+from weft.server.registry.proxies import NamedProxy, Proxies, Stream
 from weft.server.tokenization import Tokenizer
 
 OTHER_TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}{% endfor %}"
@@ -380,6 +382,67 @@ async def test_a_proxy_that_could_not_be_served_is_not_named(
     assert (await served.http.get("/admin/proxies/p", headers=ADMIN)).status_code == 404
 
 
+async def test_replace_needs_the_revision_it_is_given(served: Served, tmp_path: Path) -> None:
+    async def put(body: Any, status: int = 200, **headers: str) -> Any:
+        reply = await served.http.put("/admin/proxies/p", json=body, headers={**ADMIN, **headers})
+        assert reply.status_code == status, reply.text
+        assert status != 200 or reply.headers["etag"] == f'"{reply.json()["revision"]}"'
+        return reply.json()
+
+    await put(PROXY, 404)
+    reply = await served.post("/admin/proxies", {"id": "q", **PROXY}, headers=ADMIN)
+    assert reply.headers["etag"] == f'"{reply.json()["revision"]}"'
+    await served.state.proxies.keep(NamedProxy("p", 5, Stream("small", "x"), Stream("small")))
+    shown = await served.http.get("/admin/proxies/p", headers=ADMIN)
+    etag = shown.headers["etag"]
+    assert etag == reply.headers["etag"], "it is of what requests see"
+    assert await put(PROXY) == shown.json()
+
+    other = {"expert": {"adapter": "a"}, "anti_expert": {"model": "base"}, "alpha": 2, "base": "t", "base_top_p": 0.5}
+    for stale in ('"other"', "other", '""'):
+        error = (await put(other, 412, **{"If-Match": stale}))["error"]
+        assert error["code"] == "precondition_failed" and error["type"] == "conflict_error"
+    new = await put(other, **{"If-Match": etag})
+    assert (new["created"], new["id"], new["alpha"]) == (5, "p", 2.0) and new["revision"] != shown.json()["revision"]
+    assert (await put(other, 412, **{"If-Match": etag}))["error"]["param"] == "if_match"
+    steered = await asked(served, model="p", task_id=0)
+    assert steered == LogitArithmetic((Term(2.0, None, "v1", "a"), Term(-2.0)), top_p=0.5)
+    await put({**other, "alpha": 1}, **{"If-Match": "*"})
+    await put({**other, "base": "p"}, 400)  # and what is refused changes nothing
+    served.registry.names = Names(served.registry.names.base_names)
+    again = Proxies(tmp_path / "state-0", served.registry)  # type: ignore[arg-type]
+    assert again.get("p") == served.state.proxies.get("p") and again.get("p").alpha == 1
+
+
+async def test_requests_under_way_finish_with_the_proxy_they_started_with(served: Served) -> None:
+    await named(served)
+    await served.state.compositions.create("xy", [WeighedId("x", 0.5), WeighedId("y", 0.5)], "linear")
+    await named(served, id="q", expert={"model": "small", "adapter": "xy"})
+    gate = served.client.gate = asyncio.Semaphore(0)
+    first = [asyncio.create_task(served.complete(model=id)) for id in "pq"]
+    while len(served.client.requests) < 2:
+        await asyncio.sleep(0.01)
+    assert sorted(served.registry.leases) == ["x", "x", "y"]
+    served.client.gate = None
+    for path, body in (
+        ("proxies/p", {**PROXY, "alpha": 3}),
+        ("adapters/x", {"source": "/new"}),
+        ("compositions/xy", {"adapters": [{"id": "y", "weight": 2}], "combination": "linear"}),
+    ):
+        reply = await served.http.put(f"/admin/{path}", json=body, headers=ADMIN)
+        assert reply.status_code == 200, reply.text
+    assert sorted(served.registry.leases) == ["x", "x", "y"], "those under way hold what they started with"
+    for _ in first:
+        gate.release()
+    await asyncio.gather(*first)
+    old = [request.arithmetic.terms[0] for request in served.client.requests[:2] if request.arithmetic]
+    xy = Composition((Member("version-of-x", 0.5), Member("version-of-y", 0.5)), "linear")
+    assert old == [EXPERT, Term(1.0, "small", None, "xy", xy)]
+    assert (await asked(served, model="p")).terms[0] == Term(3.0, "small", "version-of-x+", "x")
+    changed = Composition((Member("version-of-y", 2.0),), "linear")
+    assert (await asked(served, model="q")).terms[0] == Term(1.0, "small", None, "xy", changed)
+
+
 async def test_members_come_and_go(served: Served) -> None:
     await named(served)
     await served.registry.replace("x", "/new")
@@ -389,6 +452,7 @@ async def test_members_come_and_go(served: Served) -> None:
     assert error["code"] == "proxy_broken" and error["param"] == "model" and "'x'" in error["message"]
     card = (await served.http.get("/admin/proxies/p", headers=ADMIN)).json()
     assert card["state"] == "broken" and card["error"] == error["message"]
+    assert "p" not in [model["id"] for model in (await served.http.get("/v1/models")).json()["data"]]
     await served.registry.load("x", "/x", base="small")
     assert (await asked(served, model="p")).terms[0].adapter == "v1"
     assert (await served.http.get("/admin/proxies/p", headers=ADMIN)).json()["state"] == "ready"
