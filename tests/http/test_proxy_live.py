@@ -12,10 +12,11 @@ import httpx
 import pytest
 import pytest_asyncio
 import torch
+from peft import LNTuningConfig
 
 from tests.http.conftest import ADMIN, ADMIN_KEY
 from tests.http.fakes import byte_level_tokenizer
-from tests.support.adapters import PeftReference, make_lora
+from tests.support.adapters import PeftReference, make_adapter, make_lora
 from tests.support.models import tiny_model
 from weft.server.config import EngineConfig
 from weft.server.http.app import create_app
@@ -37,13 +38,17 @@ PROMPT = "the quick brown"
 PADDING = 24
 """Logits of the small model beyond the vocabulary."""
 PROXY = {"expert": {"model": "small", "adapter": "x"}, "anti_expert": {"model": "small"}}
+XY = {"adapters": [{"id": "x", "weight": 0.5}, {"id": "y", "weight": -1}], "combination": "linear"}
+LONG = 80
+"""Tokens of requests that are still under way when something else has happened."""
 
 
 @dataclass
 class Whole:
-    """A server with the adapter ``a``, and the proxy model ``small`` with ``x``."""
+    """A server with the adapters ``a`` and ``b``, and the proxy model ``small`` with ``x`` and ``y``."""
 
     http: httpx.AsyncClient
+    client: EngineClient
     registry: AdapterRegistry
     tokenizer: Tokenizer
     folders: dict[str, Path]
@@ -55,6 +60,24 @@ class Whole:
         reply = await self.http.post("/v1/completions", json=asked | body)
         assert reply.status_code == 200, reply.text
         return reply.json()["choices"][0]
+
+    async def admin(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:
+        reply = await self.http.request(method, f"/admin/{path}", json=body, headers=ADMIN)
+        assert reply.status_code == status, reply.text
+        return reply.json()
+
+    async def long(self, request: dict[str, Any]) -> list[int]:
+        """The tokens of a long request."""
+        tokens: list[int] = (await self.choice(**request, max_tokens=LONG))["token_ids"]
+        return tokens
+
+    async def start(self, requests: list[dict[str, Any]]) -> list[asyncio.Task[list[int]]]:
+        """Long requests, once all of them run."""
+        tasks = [asyncio.create_task(self.long(request)) for request in requests]
+        async with asyncio.timeout(30):
+            while (await self.client.refresh_stats()).running < len(tasks):
+                await asyncio.sleep(0.005)
+        return tasks
 
     def expected(self, weights: dict[str, float], prompts: dict[str, list[int]] | None = None) -> tuple[Any, Any]:
         """Greedy tokens of the weighed sum, and their log-probabilities, each model run alone without a cache."""
@@ -77,6 +100,15 @@ class Whole:
         assert (given - expected[1]).abs().max() < TOLERANCE
 
 
+def summed(base: Path, x: Path, y: Path) -> PeftReference:
+    """``XY`` as peft sums it."""
+    reference = PeftReference(base, x)
+    reference.model.load_adapter(str(y), "y")
+    reference.model.add_weighted_adapter(["default", "y"], [0.5, -1.0], "xy", combination_type="cat")
+    reference.model.set_adapter("xy")
+    return reference
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Whole]:
     root = tmp_path_factory.mktemp("served")
@@ -87,11 +119,15 @@ async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Whole
     for folder in (base, small):
         tokenizer.save_pretrained(folder)
     folders = {
-        "a": make_lora(base, root / "a", seed=1, r=4, target_modules=["q_proj", "down_proj"]),
-        "x": make_lora(small, root / "x", seed=2, r=8, target_modules=["c_attn", "c_proj"]),
-    }
+        **{id: make_lora(base, root / id, seed=seed, r=4, target_modules=["q_proj", "down_proj"])
+           for id, seed in (("a", 1), ("b", 4))},
+        **{id: make_lora(small, root / id, seed=seed, r=8, target_modules=["c_attn", "c_proj"])
+           for id, seed in (("x", 2), ("y", 5))},
+        "norms": make_adapter(small, root / "norms", LNTuningConfig(task_type="CAUSAL_LM")),
+    }  # fmt: skip
     references = {"base": PeftReference(base), "small": PeftReference(small)}
-    references |= {"a": PeftReference(base, folders["a"]), "x": PeftReference(small, folders["x"])}
+    references |= {id: PeftReference(base if id == "a" else small, folders[id]) for id in ("a", "x", "y")}
+    references["xy"] = summed(small, folders["x"], folders["y"])
     config = EngineConfig(
         str(base), device="cpu", dtype="float32", max_num_seqs=8, block_size=8, proxy_models=(("small", str(small)),)
     )
@@ -100,8 +136,8 @@ async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Whole
     try:
         state_dir = tmp_path_factory.mktemp("state")
         registry = AdapterRegistry(client, state_dir, roots=[root], base_name="base", proxy_models=("small",))
-        await registry.load("a", str(folders["a"]))
-        await registry.load("x", str(folders["x"]), base="small")
+        for id, folder in folders.items():
+            await registry.load(id, str(folder), base=None if id in "ab" else "small")
         loaded = Tokenizer.load(str(base), max_model_len=client.info.max_model_len)
         assert loaded is not None
         state = ServerState(
@@ -117,7 +153,7 @@ async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Whole
         )
         transport = httpx.ASGITransport(create_app(state))
         async with httpx.AsyncClient(transport=transport, base_url="http://weft", timeout=60) as http:
-            yield Whole(http, registry, loaded, folders, references)
+            yield Whole(http, client, registry, loaded, folders, references)
         state.workers.close()
     finally:
         await client.stop()
@@ -168,6 +204,100 @@ async def test_a_named_proxy(whole: Whole) -> None:
     assert refused.status_code == 409 and "'x'" in refused.json()["error"]["message"]
     await whole.registry.load("x", str(whole.folders["x"]), base="small")
     whole.assert_same(await whole.choice(model="p"), whole.expected({"a": 1.0, "x": 0.5, "small": -0.5}))
+
+
+async def test_a_named_composition_of_the_proxy_models_adapters(whole: Whole) -> None:
+    made = await whole.admin("POST", "compositions", {"id": "xy", **XY}, 201)
+    assert made["base"] == "small"
+    expected = whole.expected({"base": 1.0, "xy": 2.0, "small": -2.0})
+    for expert in ({"model": "small", "adapter": "xy"}, {"model": "small", **XY}):
+        steered = await whole.choice(proxy={"expert": expert, "anti_expert": {"model": "small"}, "alpha": 2})
+        whole.assert_same(steered, expected)
+    body = {"id": "q", "expert": {"model": "small", "adapter": "xy"}, "anti_expert": {"model": "small"}, "alpha": 2}
+    await whole.admin("POST", "proxies", body, 201)
+    whole.assert_same(await whole.choice(model="q"), expected)
+    await whole.admin("PUT", "proxies/q", {**PROXY, "alpha": -1})
+    whole.assert_same(await whole.choice(model="q"), whole.expected({"base": 1.0, "x": -1.0, "small": 1.0}))
+    await whole.admin("PUT", "compositions/xy", {"adapters": [{"id": "y", "weight": 1}], "combination": "linear"})
+    steered = await whole.choice(logit_arithmetic=[{"model": "small", "adapter": "xy", "weight": 0.5}])
+    whole.assert_same(steered, whole.expected({"base": 1.0, "y": 0.5}))
+    for path in ("proxies/q", "compositions/xy"):
+        await whole.admin("DELETE", path)
+
+
+async def test_members_that_do_not_compose_are_named_where_they_stand(whole: Whole) -> None:
+    members = [{"id": "x", "weight": 1}, {"id": "norms", "weight": 1}]
+    error = (await whole.admin("POST", "compositions", {"id": "bad", "adapters": members}, 400))["error"]
+    assert error["param"] == "adapters[1]" and error["message"].startswith("adapters[1] cannot be composed")
+    side = {"model": "small", "adapters": members}
+    for fields, param in (
+        ({"proxy": {"expert": side, "anti_expert": {"model": "small"}}}, "proxy.expert.adapters[1]"),
+        ({"logit_arithmetic": [{"weight": 1}, {**side, "weight": 1}]}, "logit_arithmetic[1].adapters[1]"),
+    ):
+        reply = await whole.http.post("/v1/completions", json={"model": "base", "prompt": PROMPT, **fields})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"]) == (400, param), error
+        assert "adapters[1] cannot be composed" in error["message"]
+    fit = {"candidates": ["x", "y"], "examples": [{"prompt": "a", "completion": "b"}], "save_as": "no"}
+    assert (await whole.admin("POST", "compositions/fit", fit, 400))["error"]["param"] == "candidates"
+
+
+async def test_members_are_replaced_while_requests_run_with_them(whole: Whole) -> None:
+    requests = [
+        {"proxy": PROXY},
+        {"logit_arithmetic": [{"model": "small", "weight": 1, **XY}]},
+        {"adapters": [{"id": "a", "weight": 0.5}, {"id": "b", "weight": 0.5}], "combination": "linear"},
+        {"proxy": {"expert": {"adapter": "a"}, "anti_expert": {"adapter": "b"}, "alpha": 0.5}},
+    ]
+    before = await asyncio.gather(*map(whole.long, requests))
+    under_way = await whole.start(requests)
+    await whole.admin("PUT", "adapters/x", {"source": str(whole.folders["y"])})
+    await whole.admin("PUT", "adapters/b", {"source": str(whole.folders["a"])})
+    assert not any(task.done() for task in under_way), "the test wants longer requests"
+    new = await asyncio.gather(*(whole.choice(**request) for request in requests))
+    assert await asyncio.gather(*under_way) == before, "those under way finish with the versions they have"
+    whole.assert_same(new[0], whole.expected({"base": 1.0, "y": 1.0, "small": -1.0}))
+    whole.assert_same(new[2], whole.expected({"a": 1.0}))
+    whole.assert_same(new[3], whole.expected({"base": 1.0}))
+    half = {"adapters": [{"id": "y", "weight": -0.5}], "combination": "linear"}  # 0.5 y - y
+    same = await whole.choice(logit_arithmetic=[{"model": "small", "weight": 1, **half}])
+    assert same["token_ids"] == new[1]["token_ids"] != before[1][:TOKENS]
+    for id in "xb":
+        await whole.admin("PUT", f"adapters/{id}", {"source": str(whole.folders[id])})
+    again = [(await whole.choice(**request))["token_ids"] for request in requests]
+    assert again == [tokens[:TOKENS] for tokens in before]
+
+
+async def test_members_are_unloaded_while_requests_run_with_them(whole: Whole) -> None:
+    await whole.admin("POST", "compositions", {"id": "xy", **XY}, 201)
+    requests = [{"proxy": PROXY}, {"logit_arithmetic": [{"model": "small", "adapter": "xy", "weight": 1}]}]
+    before = await asyncio.gather(*map(whole.long, requests))
+    under_way = await whole.start(requests)
+    unloading = asyncio.create_task(whole.admin("DELETE", "adapters/x"))
+    await asyncio.sleep(0)
+    while (await whole.admin("GET", "adapters/x"))["state"] != "draining":
+        await asyncio.sleep(0.001)
+    for fields, status, param in (
+        (requests[0], 404, "proxy.expert.adapter"),
+        (requests[1], 409, "logit_arithmetic[0].adapter"),
+        ({"logit_arithmetic": [{"model": "small", "weight": 1, **XY}]}, 404, "logit_arithmetic[0].adapters[0].id"),
+    ):
+        reply = await whole.http.post("/v1/completions", json={"model": "base", "prompt": PROMPT, **fields})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (status, param), reply.text
+    assert not unloading.done() and not any(task.done() for task in under_way)
+    assert await asyncio.gather(*under_way) == before
+    await unloading
+    await whole.registry.load("x", str(whole.folders["x"]), base="small")
+
+    under_way = await whole.start(requests)
+    await whole.admin("DELETE", "adapters/x?force_after=0.01")
+    for task in under_way:
+        with pytest.raises(AssertionError, match="adapter_unloaded"):
+            await task
+    await whole.registry.load("x", str(whole.folders["x"]), base="small")
+    again = [(await whole.choice(**request))["token_ids"] for request in requests]
+    assert again == [tokens[:TOKENS] for tokens in before]
+    await whole.admin("DELETE", "compositions/xy")
 
 
 async def test_what_the_engine_refuses_names_the_requests_field(whole: Whole) -> None:
