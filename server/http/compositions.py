@@ -119,8 +119,12 @@ async def fit(request: Request, body: FitBody) -> Response:
     members = tuple(WeighedId(id, 0.0) for id in body.candidates)
     with _candidates():
         if (base := state.compositions.model_of(members)) is not None:
-            reason = "the search scores by log-probabilities of prompts, which are the base's alone"
-            raise InvalidRequest(f"'candidates' belong to the proxy model {base!r}: {reason}", param="candidates")
+            raise InvalidRequest(
+                f"'candidates' belong to the proxy model {base!r}, and the search scores what the base answers with "
+                "them; name a composition with weights of your own",
+                param="candidates",
+                code="wrong_base",
+            )
         await _check_composable(state, members, body.combination)
     examples = await state.workers.run(_examples, state, body)
     with ExitStack() as held:
