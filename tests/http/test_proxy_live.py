@@ -39,7 +39,7 @@ PADDING = 24
 """Logits of the small model beyond the vocabulary."""
 PROXY = {"expert": {"model": "small", "adapter": "x"}, "anti_expert": {"model": "small"}}
 XY = {"adapters": [{"id": "x", "weight": 0.5}, {"id": "y", "weight": -1}], "combination": "linear"}
-LONG = 80
+MANY = 80
 """Tokens of requests that are still under way when something else has happened."""
 
 
@@ -61,24 +61,6 @@ class Whole:
         assert reply.status_code == 200, reply.text
         return reply.json()["choices"][0]
 
-    async def admin(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:
-        reply = await self.http.request(method, f"/admin/{path}", json=body, headers=ADMIN)
-        assert reply.status_code == status, reply.text
-        return reply.json()
-
-    async def long(self, request: dict[str, Any]) -> list[int]:
-        """The tokens of a long request."""
-        tokens: list[int] = (await self.choice(**request, max_tokens=LONG))["token_ids"]
-        return tokens
-
-    async def start(self, requests: list[dict[str, Any]]) -> list[asyncio.Task[list[int]]]:
-        """Long requests, once all of them run."""
-        tasks = [asyncio.create_task(self.long(request)) for request in requests]
-        async with asyncio.timeout(30):
-            while (await self.client.refresh_stats()).running < len(tasks):
-                await asyncio.sleep(0.005)
-        return tasks
-
     def expected(self, weights: dict[str, float], prompts: dict[str, list[int]] | None = None) -> tuple[Any, Any]:
         """Greedy tokens of the weighed sum, and their log-probabilities, each model run alone without a cache."""
         prompt, width = self.tokenizer.encode(PROMPT), len(self.tokenizer.backend)
@@ -98,6 +80,24 @@ class Whole:
         assert choice["token_ids"] == expected[0]
         given = torch.tensor(choice["logprobs"]["token_logprobs"])
         assert (given - expected[1]).abs().max() < TOLERANCE
+
+    async def admin(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:
+        reply = await self.http.request(method, f"/admin/{path}", json=body, headers=ADMIN)
+        assert reply.status_code == status, reply.text
+        return reply.json()
+
+    async def long(self, request: dict[str, Any]) -> list[int]:
+        """The tokens of a long request."""
+        tokens: list[int] = (await self.choice(**request, max_tokens=MANY))["token_ids"]
+        return tokens
+
+    async def start(self, requests: list[dict[str, Any]]) -> list[asyncio.Task[list[int]]]:
+        """Long requests, once all of them run."""
+        tasks = [asyncio.create_task(self.long(request)) for request in requests]
+        async with asyncio.timeout(30):
+            while (await self.client.refresh_stats()).running < len(tasks):
+                await asyncio.sleep(0.005)
+        return tasks
 
 
 def summed(base: Path, x: Path, y: Path) -> PeftReference:
