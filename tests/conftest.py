@@ -28,4 +28,4 @@ def repository() -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-matrix", action="store_true", help="rewrite the README's table of what is served")
+    parser.addoption("--write-matrix", action="store_true", help="rewrite docs/adapters.md's table of what is served")

@@ -1,4 +1,4 @@
-"""One server, an adapter of every case of every method, one mixed batch over HTTP; and the README's table of it."""
+"""One server, an adapter of every case of every method, one mixed batch over HTTP; and the table in docs/ of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.engine.test_variants import INVOCATION, ActivatedReference, truncated
 from tests.engine.variants import lora_variants
 from tests.support.adapters import PeftReference, edit_config, make_adapter, make_arrow, make_lora
 from tests.support.hub import adapters_of, base_of, expected
-from tests.support.matrix import Served, check_readme, table
+from tests.support.matrix import Served, check_page, table
 from tests.support.models import VOCAB_SIZE
 from tests.support.own_formats import make_chain, make_lotr, make_milora, make_relora
 
@@ -187,4 +187,4 @@ def test_the_support_matrix_is_what_was_served(
         for id, adapter in adapters.items():
             shown = client.get(f"/admin/adapters/{id}").json()
             rows.append(Served(shown["method"], tuple(shown["forms"]), adapter.config, tuple(adapter.body)))
-    check_readme(table(rows), write=pytestconfig.getoption("--write-matrix"))
+    check_page(table(rows), write=pytestconfig.getoption("--write-matrix"))

@@ -1,15 +1,13 @@
-"""The README's table of what is served, made of the adapters that a test saw served."""
+"""The table of what is served in docs/adapters.md, made of the adapters that a test saw served."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
 
 from peft import PeftConfig
 
-README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- served: begin -->\n", "<!-- served: end -->\n"
+from tests.support.documentation import BEGIN, END, MATRIX
 
 BASICS = {"task_type", "peft_type", "inference_mode", "r", "lora_alpha", "target_modules", "num_layers", "token_dim"}
 BASICS |= {
@@ -72,16 +70,16 @@ def table(served: Iterable[Served]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check_readme(expected: str, *, write: bool = False) -> None:
-    """The README holds the table; ``write`` puts it there.
+def check_page(expected: str, *, write: bool = False) -> None:
+    """The page holds the table; ``write`` puts it there.
 
     Raises:
         AssertionError: it holds another one.
     """
-    before, begin, rest = README.read_text().partition(BEGIN)
+    before, begin, rest = MATRIX.read_text().partition(BEGIN)
     found, end, after = rest.partition(END)
-    assert begin and end, f"{README} has no place for the table"
+    assert begin and end, f"{MATRIX} has no place for the table"
     if write:
-        README.write_text(before + BEGIN + expected + END + after)
+        MATRIX.write_text(before + BEGIN + expected + END + after)
     else:
-        assert found == expected, f"{README.name} is behind; `pytest --write-matrix` rewrites it:\n{expected}"
+        assert found == expected, f"{MATRIX.name} is behind; `pytest --write-matrix` rewrites it:\n{expected}"
