@@ -1,0 +1,23 @@
+"""Makes ``weft`` importable from a checkout where it is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_importable(root: Path = ROOT) -> None:
+    """``weft.server``, ``weft.adapters``, ``weft.kernels`` become the folders of ``root``, unless they are installed.
+
+    What setup.py tells the installer, told to this process alone. The root itself never gets on ``sys.path``:
+    transformers and peft would take the folders ``kernels`` and ``adapters`` for other projects' packages.
+    """
+    if "weft" in sys.modules or importlib.util.find_spec("weft") is not None:
+        return
+    package = types.ModuleType("weft")
+    package.__path__ = [str(root)]
+    sys.modules["weft"] = package
