@@ -8,7 +8,7 @@ nothing (S-LoRA's unified paging with pages of one row, by width).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 
@@ -202,6 +202,11 @@ class SlotPool:
     def rows(self, path: str, part: Part) -> SlotRows | None:
         """The rows of every slot at one place, for the kernels; None while no slot has any."""
         return self._tables.get((path, part))
+
+    def places(self, slot: int) -> Collection[Place]:
+        """Where the adapter that a slot is reserved for has rows; nowhere where the slot is free."""
+        placement = self._placed.get(slot)
+        return placement.rows.keys() if placement is not None else ()
 
     def parts(self, path: str) -> AbstractSet[Part]:
         """The parts that some slot has rows of at a path: one look instead of many."""

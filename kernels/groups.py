@@ -18,6 +18,8 @@ class RowGroups:
     Attributes:
         slots: int32 [num_rows] on the device, the slot of each row.
         order: int32 [num_adapted] on the device, rows with an adapter, sorted by slot, ascending within a slot.
+            Behind them there may be -1, and behind the tiles such of length 0: filling of captured steps, of which
+            kernels take no notice.
         tiles: int32 [num_tiles, 3] on the device, (slot, start in `order`, length <= block_rows). No tile spans two
             slots, none is empty.
         segments: on the host, (slot, start, stop) in `order` of every slot that has rows, ascending.

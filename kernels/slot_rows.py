@@ -37,6 +37,11 @@ class SlotRows:
         return max(self.host_counts, default=0)
 
     @property
+    def padded_count(self) -> int:
+        """A power of two that is no smaller: what launches are made for, so that they are the same for many counts."""
+        return 1 << (self.max_count - 1).bit_length() if self.max_count else 0
+
+    @property
     def width(self) -> int:
         return self.pool.shape[1]
 

@@ -26,6 +26,7 @@ class EngineConfig:
             free (see gpu_memory_utilization on a GPU; on a CPU as many as max_num_seqs rows of max_model_len need, at
             most a quarter of the machine's memory).
         gpu_memory_utilization: share of the GPU's memory to use, in (0, 1].
+        cuda_graphs: on a GPU, replay recorded decode steps instead of launching each kernel.
         enable_prefix_caching: share KV blocks of equal identity between requests.
         adapter_memory: bytes on the device for the weights of each model's adapters; None: 1 GiB on CPU, a tenth of a
             GPU's memory for all models.
@@ -47,6 +48,7 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
+    cuda_graphs: bool = True
     enable_prefix_caching: bool = True
     adapter_memory: int | None = None
     adapter_host_memory: int = 4 << 30

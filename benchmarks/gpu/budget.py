@@ -40,7 +40,7 @@ class Share:
         print(f"  skipped for want of time: {what}", flush=True)
 
     def part(self, of: float) -> Share:
-        """A part of what is left, whose omissions are this share's."""
+        """A part of what is left, which notes omissions here."""
         return Share(self.clock() + of * self.seconds_left, self.clock, self.skipped)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,13 +69,12 @@ class Draw:
         return self.rng.choice([*usual, odd, odd])
 
     def slots(self) -> list[int]:
-        """Of a decoding batch, or of some prompts with base rows between."""
+        """Of a decoding batch, or of some prompts with base rows between; there is a row that has something."""
         rows = self.rng.choice([1, 3, 17, 40] if self.small else [1, 2, 7, 16, 33, 64, 129, 256, 511])
-        if self.rng.random() < 0.5:
-            return [self.rng.randint(-1, SLOTS - 1) for _ in range(rows)]
-        slots: list[int] = []
+        longest = self.rng.choice([1, 40])
+        slots = [0, -1]
         while len(slots) < rows:
-            slots += [self.rng.randint(-1, SLOTS - 1)] * self.rng.randint(1, 40)
+            slots += [self.rng.randint(-1, SLOTS - 1)] * self.rng.randint(1, longest)
         return slots[:rows]
 
     def counts(self, *choices: int) -> list[int]:
@@ -97,7 +96,13 @@ class Draw:
         return random_rows(counts, width, self.dtype, scale=scale, seed=self.seed)
 
     def groups(self, slots: list[int]) -> RowGroups:
-        return RowGroups.build(slots, "cpu", block_rows=self.rng.choice([16, 32]))
+        """Half of the time filled up, as those of captured steps are."""
+        groups = RowGroups.build(slots, "cpu", block_rows=self.rng.choice([16, 32]))
+        if self.rng.random() < 0.5:
+            return groups
+        order = torch.nn.functional.pad(groups.order, (0, self.rng.randint(1, 9)), value=-1)
+        tiles = torch.nn.functional.pad(groups.tiles, (0, 0, 0, self.rng.randint(1, 9)))
+        return replace(groups, order=order, tiles=tiles, _plans={})
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(self.seed))

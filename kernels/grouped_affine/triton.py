@@ -32,6 +32,8 @@ def affine_kernel(
 ):
     """y[row] = gain[slot] * y[row] + shift[slot] over one block of columns."""
     row = tl.load(order + tl.program_id(0)).to(tl.int64)
+    if row < 0:  # the order of a captured step is filled up
+        return
     slot = tl.load(slots + row)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < width

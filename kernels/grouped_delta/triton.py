@@ -32,7 +32,7 @@ def delta_kernel(
     slot = tl.load(tiles + 3 * tl.program_id(0))
     start = tl.load(tiles + 3 * tl.program_id(0) + 1)
     length = tl.load(tiles + 3 * tl.program_id(0) + 2)
-    outputs = tl.load(counts + slot)
+    outputs = tl.load(counts + slot, mask=length > 0, other=0)
     if outputs == 0:
         return
     m = tl.arange(0, BLOCK_M)

@@ -43,7 +43,7 @@ def shrink_kernel(
     slot = tl.load(tiles + 3 * tl.program_id(0))
     start = tl.load(tiles + 3 * tl.program_id(0) + 1)
     length = tl.load(tiles + 3 * tl.program_id(0) + 2)
-    rank = tl.load(ranks + slot)
+    rank = tl.load(ranks + slot, mask=length > 0, other=0)
     split = tl.program_id(1)
     m = tl.arange(0, BLOCK_M)
     live = m < length
@@ -88,7 +88,7 @@ def expand_kernel(
     slot = tl.load(tiles + 3 * tl.program_id(0))
     start = tl.load(tiles + 3 * tl.program_id(0) + 1)
     length = tl.load(tiles + 3 * tl.program_id(0) + 2)
-    rank = tl.load(ranks + slot)
+    rank = tl.load(ranks + slot, mask=length > 0, other=0)
     if rank == 0:  # y + 0 would turn -0.0 into 0.0
         return
     m = tl.arange(0, BLOCK_M)
@@ -114,9 +114,9 @@ def expand_kernel(
 
 def grouped_lora(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> None:
     """See `weft.kernels.grouped_lora.grouped_lora`."""
-    max_rank = a.max_count
-    if not groups.active or max_rank == 0:
+    if not groups.active or a.max_count == 0:
         return
+    max_rank = a.padded_count
     shrink = shrink_config(x.dtype, max_rank, groups.block_rows)
     expand = expand_config(x.dtype, max_rank, groups.block_rows)
     (width_in, width_out), rows = (x.shape[1], y.shape[1]), groups.num_adapted

@@ -37,7 +37,7 @@ def rotate_kernel(
     slot = tl.load(tiles + 3 * tl.program_id(0))
     start = tl.load(tiles + 3 * tl.program_id(0) + 1)
     length = tl.load(tiles + 3 * tl.program_id(0) + 2)
-    size = tl.load(counts + slot)
+    size = tl.load(counts + slot, mask=length > 0, other=0)
     if size == 0:
         return
     m = tl.arange(0, BLOCK_M)

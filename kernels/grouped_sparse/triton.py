@@ -49,7 +49,7 @@ def sparse_kernel(
     slot = tl.load(tiles + 3 * tl.program_id(0))
     start = tl.load(tiles + 3 * tl.program_id(0) + 1)
     length = tl.load(tiles + 3 * tl.program_id(0) + 2)
-    if tl.load(counts + slot) == 0:
+    if tl.load(counts + slot, mask=length > 0, other=0) == 0:
         return
     rows = table + slot * table_stride
     m = tl.arange(0, BLOCK_M)

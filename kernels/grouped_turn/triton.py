@@ -30,6 +30,8 @@ def turn_kernel(
 ):
     """y[row] + own * y[row] + other * partner of y[row] over one block of pairs."""
     row = tl.load(order + tl.program_id(0)).to(tl.int64)
+    if row < 0:  # the order of a captured step is filled up
+        return
     slot = tl.load(slots + row)
     if tl.load(counts + slot) == 0:
         return

@@ -39,7 +39,7 @@ def route_kernel(
     start = tl.load(tiles + 3 * tl.program_id(0) + 1)
     length = tl.load(tiles + 3 * tl.program_id(0) + 2)
     experts = tl.load(counts + slot)
-    if experts == 0:
+    if (experts == 0) | (length == 0):
         return
     rank = tl.load(ranks + slot)
     m = tl.arange(0, BLOCK_M)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from weft.adapters.sites import ActiveRows
 from weft.kernels.gated_prefix import Joint
@@ -149,12 +149,12 @@ def _check(
         raise UnsupportedModel(f"{name} passes dropout {dropout} in an eval forward")
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Causality, windows and row borders follow from the rows, so no mask is built."""
-
-
 def register() -> None:
-    """Make the attention known to transformers under ``NAME`` and ``PROBE``. May be called again."""
+    """Make the attention known to transformers under ``NAME`` and ``PROBE``. May be called again.
+
+    Causality, windows and row borders follow from the rows, so no mask is built: transformers makes none for an
+    attention without a mask function of its own. With one that returns None, it would first look for packed sequences
+    in the positions, and wait for the device.
+    """
     for name, function in ((NAME, attend), (PROBE, probe)):
         AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, _no_mask)

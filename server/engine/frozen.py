@@ -37,6 +37,7 @@ class FrozenModel:
         self.lane = lane
         self.max_batched_tokens = config.max_num_batched_tokens
         self.runner = loaded.runner
+        self.graphs = loaded.graphs
         self.adapters = loaded.adapters
         self.variants = Variants(loaded.adapters, loaded.compile_folder)
         self.blocks = BlockPool(loaded.runner.cache.num_blocks)
@@ -150,6 +151,8 @@ class FrozenModel:
         if not rows:
             return None
         batch = Batch.build(rows, self.info.block_size, self.runner.device)
+        if self.graphs is not None and self.graphs.serves(batch):
+            return Pass(batch, self.graphs.forward(batch))
         return Pass(batch, self.runner.forward(batch))
 
     def scrub(self, seq: Sequence) -> None:

@@ -12,7 +12,9 @@ from weft.server.config import ConfigError, EngineConfig
 
 
 class KVCache:
-    """Keys and values of every layer in pages, page-major: ``[num_blocks, block_size, kv_heads, head_dim]``.
+    """Keys and values of every layer in pages, page-major: ``[num_blocks + 1, block_size, kv_heads, head_dim]``.
+
+    The last page is nobody's: rows that only fill a captured step up write there.
 
     Args:
         shapes: per layer ``(kv_heads, key head_dim, value head_dim)``.
@@ -29,8 +31,8 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.keys = [_zeros((num_blocks, block_size, heads, d), dtype, device) for heads, d, _ in shapes]
-        self.values = [_zeros((num_blocks, block_size, heads, d), dtype, device) for heads, _, d in shapes]
+        self.keys = [_zeros((num_blocks + 1, block_size, heads, d), dtype, device) for heads, d, _ in shapes]
+        self.values = [_zeros((num_blocks + 1, block_size, heads, d), dtype, device) for heads, _, d in shapes]
 
 
 def bytes_per_block(shapes: list[tuple[int, int, int]], block_size: int, dtype: torch.dtype) -> int:

@@ -130,6 +130,9 @@ def load_model(config: EngineConfig, hf_config: Any, device: torch.device) -> Pr
     if info.get("mismatched_keys"):
         raise ConfigError(f"the checkpoint of {config.model!r} has weights of other shapes: {info['mismatched_keys']}")
     quantization.settle(model, quantized)
+    # Nothing is padded; where the token is known, some models look for it in the ids of every step, which waits for the
+    # device.
+    model.config.pad_token_id = None
     model.eval().requires_grad_(False)
     if not quantized:  # else it was loaded there
         move: Any = model  # its ``to`` is typed for the class alone

@@ -36,6 +36,11 @@ class ModelRunner:
     def forward(self, batch: Batch) -> torch.Tensor:
         """One forward pass; returns float32 logits ``[N, vocab]`` of the wanted positions."""
         self._copy_pages(batch.copies)
+        return self.compute(batch).float()
+
+    @torch.inference_mode()
+    def compute(self, batch: Batch) -> torch.Tensor:
+        """``forward`` without what a captured step has no part in: the logits are of the model's dtype."""
         context = AttentionContext(batch.attention, self.cache.keys, self.cache.values, self._rows)
         self._rows.tokens, self._rows.logits, self._rows.embeddings = batch.tokens, batch.logits, batch.embeddings
         self._rows.spans = batch.spans
@@ -51,7 +56,7 @@ class ModelRunner:
         finally:
             self._rows.clear()
             self.side.end()
-        logits: torch.Tensor = output.logits[0].float()
+        logits: torch.Tensor = output.logits[0]
         return logits
 
     @torch.inference_mode()

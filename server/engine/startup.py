@@ -23,6 +23,7 @@ from weft.adapters.sites import attach_sites
 from weft.adapters.slots import SlotPool
 from weft.server.config import ConfigError, EngineConfig
 from weft.server.engine import attention, loading, selfcheck
+from weft.server.engine.graphs import GraphRunner, capture_for
 from weft.server.engine.kv_cache import KVCache, bytes_per_block, count_blocks
 from weft.server.engine.model import ModelRunner
 from weft.server.engine.side import SideNetworks
@@ -49,6 +50,7 @@ class Loaded:
         vocab_size: width of the logits.
         max_model_len: tokens of prompt and output together.
         seconds: from the start of loading to ready.
+        graphs: what runs decode steps on a GPU; None: ``runner`` does.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Loaded:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     seconds: float
+    graphs: GraphRunner | None = None
 
 
 @dataclass(frozen=True)
@@ -152,16 +155,23 @@ def _serve(weights: _Weights, num_blocks: int, arrived: threading.Event) -> Load
     def compile_folder(folder: Path, version: str, chosen: Mapping[str, int] | None = None) -> CompiledAdapter:
         return compile_adapter(folder, base, version=version, dtype=base.dtype, chosen=chosen)
 
+    max_model_len = _fit_model_len(config, limit, num_blocks)
+    vocab_size = reference[0].shape[-1]
+    capture, graphs = capture_for(device), None
+    if config.cuda_graphs and capture is not None:
+        sizes = {"max_rows": config.max_num_seqs, "max_len": max_model_len, "vocab": vocab_size}
+        graphs = GraphRunner(runner, pool, frozenset(base.sites), **sizes, capture=capture)
     return Loaded(
         model=config.model,
         runner=runner,
         adapters=Residency(pool, compile_folder, host_bytes=config.adapter_host_memory, arrived=arrived),
         compile_folder=compile_folder,
         fingerprint=weights.fingerprint,
-        vocab_size=reference[0].shape[-1],
-        max_model_len=_fit_model_len(config, limit, num_blocks),
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
         eos_token_ids=loading.eos_token_ids(model),
         seconds=time.perf_counter() - weights.started,
+        graphs=graphs,
     )
 
 
