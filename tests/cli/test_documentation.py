@@ -51,6 +51,7 @@ def server(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.mark == "runs" for b in blocks(p))], ids=lambda p: p.name)
 def test_the_commands_of_a_page_work(page: Path, server: Serving, place: Path) -> None:
