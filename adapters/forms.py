@@ -21,7 +21,7 @@ in its place. A side network makes a state beside the base, which goes into its 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -234,6 +234,11 @@ class CompiledAdapter:
     def __post_init__(self) -> None:
         if any(forms.has_gates for forms in self.sites.values()):
             object.__setattr__(self, "whole_prompts", True)
+
+    @property
+    def outline(self) -> CompiledAdapter:
+        """All of it but its sites: small enough to be kept for as long as the adapter is known."""
+        return replace(self, sites={})
 
     @property
     def rank(self) -> int:
