@@ -1,11 +1,10 @@
-"""An adapter as users see it, what its id may be, and what the registry knows of an id."""
+"""An adapter as users see it, and what its id may be."""
 
 from __future__ import annotations
 
-import asyncio
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from weft.server.engine.info import AdapterInfo, EngineStats, ModelStats
@@ -57,26 +56,6 @@ def residency(record: AdapterRecord, stats: EngineStats) -> tuple[str | None, in
     """The tier an adapter is in, None where the engine does not know it, and the live requests on its version."""
     of = stats if record.base is None else stats.proxies.get(record.base, ModelStats())
     return of.tiers.get(record.version), of.refcounts.get(record.version, 0)
-
-
-@dataclass
-class Alias:
-    """An id that is loaded.
-
-    Attributes:
-        holds_version: whether the id itself holds ``record.version`` (not, where that could not be restored).
-        leases: requests in flight under this id, on whatever version. idle: set while there are none.
-        drain: the unloading in progress.
-    """
-
-    record: AdapterRecord
-    holds_version: bool = True
-    leases: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-    drain: asyncio.Task[None] | None = None
-
-    def __post_init__(self) -> None:
-        self.idle.set()
 
 
 def check_id(id: str, base_names: Sequence[str]) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -21,11 +22,12 @@ import structlog
 from weft.adapters.errors import AdapterError
 from weft.adapters.store import Store, digest
 from weft.server.engine.info import AdapterInfo
-from weft.server.errors import Conflict, EngineUnavailable, InvalidRequest, NotFound
+from weft.server.errors import Conflict, EngineUnavailable, InvalidRequest
+from weft.server.registry.aliases import Alias, Aliases
 from weft.server.registry.incoming import Fetched, Incoming
 from weft.server.registry.manifest import FILE, Entry, Manifest
 from weft.server.registry.names import Names
-from weft.server.registry.records import AdapterRecord, Alias
+from weft.server.registry.records import AdapterRecord
 from weft.server.registry.versions import AdapterHost, Versions
 from weft.server.runtime.wire import RemoteError
 
@@ -45,8 +47,6 @@ class AdapterRegistry:
         on_unloaded: called with the id once an adapter is gone, or what else has had one of ``names``.
         names: the ids, shared with all that is named beside adapters.
     """
-
-    kind = "adapter"
 
     def __init__(
         self,
@@ -74,14 +74,12 @@ class AdapterRegistry:
         self._client = client
         self.names = Names((base_name, *base_aliases, *proxy_models))
         self._bases = (None, *proxy_models)
-        self.names.join(self)
         self._incoming = Incoming(state_dir / "incoming", roots)
         self._store = Store(state_dir / "store")
         self._manifest = Manifest(state_dir / FILE, "adapters", Entry)
         self._versions = Versions(client, self._store)
-        self._aliases: dict[str, Alias] = {}
-        # Ids with a load or replace in progress, as they are to be shown meanwhile.
-        self._pending: dict[str, AdapterRecord] = {}
+        self._aliases = Aliases(self._versions)
+        self.names.join(self._aliases)
         self._tasks: set[asyncio.Task[object]] = set()
         client.on_restart.append(self._replay)
 
@@ -132,7 +130,7 @@ class AdapterRegistry:
             NotFound, Conflict: no such id; another version than ``if_match``; or the id is being changed.
             AdapterError, EngineUnavailable: the new adapter cannot be served; the old one still is.
         """
-        old = self._settled(id).record
+        old = self._aliases.settled(id).record
         if if_match is not None and if_match != old.version:
             raise Conflict(
                 f"adapter {id!r} is at version {old.version}, not {if_match[:64]!a}",
@@ -144,9 +142,9 @@ class AdapterRegistry:
 
     async def ensure(self, id: str, source: str, *, pinned: bool = False, base: str | None = None) -> AdapterRecord:
         """``load`` it, or ``replace`` it if it is not served exactly so already. For adapters named at start."""
-        if id not in self._aliases:
+        if id not in self._aliases.loaded:
             return await self.load(id, source, pinned=pinned, base=base)
-        record = self._aliases[id].record
+        record = self._aliases.loaded[id].record
         if record.base != base:
             of = "the main model" if record.base is None else repr(record.base)
             raise Conflict(f"adapter {id!r} is there already, of {of}; unload it first", param="base")
@@ -171,9 +169,9 @@ class AdapterRegistry:
             NotFound, Conflict: no such id, or it is being loaded or replaced.
             OSError: the manifest cannot be written; the adapter is served as before.
         """
-        alias = self._aliases.get(id)
+        alias = self._aliases.loaded.get(id)
         if alias is None or alias.drain is None:
-            alias = self._settled(id)
+            alias = self._aliases.settled(id)
             before, alias.record = alias.record, replace(alias.record, state="draining")
             alias.drain = self._start(self._drain(id, alias, before))
         drain = alias.drain
@@ -187,66 +185,23 @@ class AdapterRegistry:
 
     def get(self, id: str) -> AdapterRecord:
         """Raises ``NotFound``."""
-        alias = self._aliases.get(id)
-        record = alias.record if alias else self._pending.get(id)
-        if record is None:
-            raise _not_found(id)
-        return record
+        return self._aliases.get(id)
 
     def list(self) -> list[AdapterRecord]:
         """Oldest first."""
-        served = {id: alias.record for id, alias in self._aliases.items()}
-        return sorted((self._pending | served).values(), key=lambda record: (record.created, record.id))
+        return self._aliases.list()
 
-    def ids(self) -> Iterator[str]:
-        """As ``Names`` asks for them."""
-        yield from self._aliases.keys() | self._pending.keys()
-
-    def describe(self, id: str) -> str | None:
-        """As ``Names`` asks for it."""
-        taken = id in self._aliases or id in self._pending
-        return f"adapter {id!r} exists already ({self.get(id).state})" if taken else None
-
-    @contextmanager
-    def lease(self, id: str) -> Iterator[AdapterRecord]:
-        """Hold the version that ``id`` stands for, from a request's beginning to its end.
-
-        Raises:
-            NotFound: no such id, or it is not ready.
-        """
-        record = self.get(id)
-        if record.state != "ready":
-            raise _not_found(id, f" ({record.state}{': ' + record.error if record.error else ''})")
-        alias = self._aliases[id]
-        alias.leases += 1
-        alias.idle.clear()
-        self._versions.hold(record.held)
-        try:
-            yield record
-        finally:
-            self._versions.release(record.held)
-            alias.leases -= 1
-            if alias.leases == 0:
-                alias.idle.set()
-
-    def _settled(self, id: str) -> Alias:
-        """The alias of an id that nobody is changing."""
-        alias = self._aliases.get(id)
-        if id in self._pending:
-            raise Conflict(
-                f"adapter {id!r} is being loaded; try again when it is done", param="id", code="adapter_busy"
-            )
-        if alias is None or alias.drain is not None:
-            raise _not_found(id)
-        return alias
+    def lease(self, id: str) -> AbstractContextManager[AdapterRecord]:
+        """Hold the version that ``id`` stands for, from a request's beginning to its end; ``NotFound`` on entry."""
+        return self._aliases.lease(id)
 
     async def _bring(self, wanted: AdapterRecord) -> AdapterRecord:
         """Fetch, then install. The id is reserved all the while."""
-        self._pending[wanted.id] = wanted
+        self._aliases.pending[wanted.id] = wanted
         try:
             fetched = await self._incoming.fetch(wanted.source)
         except BaseException:
-            del self._pending[wanted.id]
+            del self._aliases.pending[wanted.id]
             raise
         return await asyncio.shield(self._start(self._install(wanted, fetched)))
 
@@ -258,7 +213,7 @@ class AdapterRegistry:
             log.warning("adapter.load_failed", id=wanted.id, source=wanted.source, reason=str(error))
             raise
         finally:
-            del self._pending[wanted.id]
+            del self._aliases.pending[wanted.id]
             await fetched.discard()
         seconds = round(time.perf_counter() - started, 3)
         log.info("adapter.loaded", id=record.id, version=record.version, method=record.info.method, seconds=seconds)
@@ -269,15 +224,15 @@ class AdapterRegistry:
         record = replace(wanted, version=info.version, info=info, state="ready", error=None)
         try:
             if record.pinned:
-                await self._pin(record.base, record)
+                await self._pin(record.base, {record.version})
             await self._manifest.put(_entry(record))
         except BaseException:
             self._versions.release(record.held)
             await self._versions.settle()
             raise
-        alias = self._aliases.get(record.id)
+        alias = self._aliases.loaded.get(record.id)
         if alias is None:
-            self._aliases[record.id] = Alias(record)
+            self._aliases.loaded[record.id] = Alias(record)
             return record
         old, held = alias.record, alias.holds_version
         alias.record, alias.holds_version = record, True
@@ -288,15 +243,13 @@ class AdapterRegistry:
             await self._versions.settle()
         return record
 
-    async def _pin(self, base: str | None, coming: AdapterRecord | None = None) -> None:
-        """Tell the engine which versions of a base stay on the device: those of pinned ids, and of one that is coming.
+    async def _pin(self, base: str | None, coming: AbstractSet[str] = frozenset()) -> None:
+        """Tell the engine which versions of a base stay on the device: those of pinned ids, and what is ``coming``.
 
         Raises:
-            AdapterTooLarge: the one that is coming would leave too little room for others.
+            AdapterTooLarge: what is coming would leave too little room for others.
         """
-        records = [alias.record for alias in self._aliases.values() if alias.holds_version]
-        wanted = [record for record in [*records, *filter(None, [coming])] if record.pinned and record.base == base]
-        await self._client.pin_adapters({record.version for record in wanted}, base)
+        await self._client.pin_adapters(self._aliases.pinned(base) | coming, base)
 
     async def _drain(self, id: str, alias: Alias, before: AdapterRecord) -> None:
         try:
@@ -305,7 +258,7 @@ class AdapterRegistry:
             alias.record, alias.drain = before, None
             raise
         await alias.idle.wait()
-        del self._aliases[id]
+        del self._aliases.loaded[id]
         if alias.holds_version:
             self._versions.release(before.held)
         if before.pinned and before.base in self._bases:
@@ -326,15 +279,16 @@ class AdapterRegistry:
         except (InvalidRequest, AdapterError, RemoteError, OSError) as error:
             problem = f"adapter {entry.id!r} could not be restored: {error}"
             log.error("adapter.restore_failed", id=entry.id, version=entry.version, reason=str(error))
-            self._aliases[entry.id] = Alias(replace(record, state="failed", error=str(error)), holds_version=False)
+            record = replace(record, state="failed", error=str(error))
+            self._aliases.loaded[entry.id] = Alias(record, holds_version=False)
             return problem
-        self._aliases[entry.id] = Alias(replace(record, info=info))
+        self._aliases.loaded[entry.id] = Alias(replace(record, info=info))
         return None
 
     async def _replay(self) -> None:
         """After a restart of the engine. An adapter it refuses now is listed as failed."""
         failed = await self._versions.replay()
-        for alias in self._aliases.values():
+        for alias in self._aliases.loaded.values():
             if alias.drain is None and alias.holds_version:
                 error = failed.get(alias.record.held)
                 alias.record = replace(alias.record, state="failed" if error else "ready", error=error)
@@ -365,10 +319,6 @@ class AdapterRegistry:
 
 def _entry(record: AdapterRecord) -> Entry:
     return Entry(**{name: getattr(record, name) for name in Entry.__struct_fields__})
-
-
-def _not_found(id: str, why: str = "") -> NotFound:
-    return NotFound(f"adapter {id!r} is not served{why}", param="model")
 
 
 def _unloaded(id: str) -> Conflict:
