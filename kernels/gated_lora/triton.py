@@ -1,5 +1,6 @@
 """Gated LoRA on a GPU: grouped LoRA's two launches, and one between them that weighs the ranks by row."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from weft.kernels.grouped_lora.triton import expand_config, expand_kernel, shrink_config, shrink_kernel, split_width_of
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
+from weft.kernels.variants import FLOATS, INTEGERS, Variant
 
 
 @triton.jit
@@ -87,3 +89,11 @@ def gated_lora(
 def weigh_config(block_rows: int) -> dict[str, Any]:
     """Block sizes and launch options."""
     return {"BLOCK_M": block_rows, "BLOCK_R": 32, "num_warps": 4}
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    ranks = dict.fromkeys(("down_ranks", "up_ranks"), INTEGERS)
+    arguments = ranks | dict.fromkeys(("planes", "weighed", "gates"), FLOATS)
+    for dtype, rows in (("bf16", 32), ("fp16", 16), ("fp32", 16)):
+        yield Variant(f"weigh rows {rows}", weigh_kernel, dtype, weigh_config(rows), arguments)

@@ -1,5 +1,6 @@
 """Gated prefix on a GPU: one launch, a program for each tile of rows and query head, online softmax over the keys."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import triton
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
+from weft.kernels.variants import FLOAT, FLOATS, INTEGERS, MULTIPLE, VALUES, Variant
 
 from . import Joint
 
@@ -141,3 +143,20 @@ def prefix_config(group: int, width: int, block_rows: int) -> dict[str, Any]:
         "num_warps": 4,
         "num_stages": 2,
     }
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    arguments = {
+        **dict.fromkeys(("q", "keys", "values"), VALUES),
+        **dict.fromkeys(("key_table", "value_table"), INTEGERS),
+        **dict.fromkeys(("lse", "gates"), FLOATS),
+        **dict.fromkeys(("q_token_stride", "q_head_stride"), MULTIPLE),
+        "scale": FLOAT,
+    }
+    shapes = (("bf16", 4, 128, 32), ("fp16", 1, 80, 16), ("bf16", 8, 256, 16), ("fp32", 4, 256, 16))
+    for dtype, group, width, rows in shapes:
+        config = prefix_config(group, width, rows)
+        for joint in (False, True):
+            name = f"prefix d {width} rows {rows}{' joint' if joint else ''}"
+            yield Variant(name, prefix_kernel, dtype, config | {"JOINT": joint}, arguments)

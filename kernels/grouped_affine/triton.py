@@ -1,5 +1,6 @@
 """Grouped affine on a GPU: one launch, a program for each row that has an adapter and block of columns."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
+from weft.kernels.variants import DTYPES, INTEGERS, VALUES, Variant
 
 
 @triton.jit
@@ -81,3 +83,12 @@ def _arguments(rows: SlotRows | None, groups: RowGroups) -> tuple[Any, ...]:
     if rows is None:
         return groups.order, groups.order, groups.order, 0
     return rows.pool, rows.table, rows.counts, rows.table.stride(0)
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    tables = dict.fromkeys(("gain_table", "gain_counts", "shift_table", "shift_counts"), INTEGERS)
+    arguments = {"gain": VALUES, "shift": VALUES, **tables}
+    for dtype in DTYPES:
+        config = affine_config(DTYPES[dtype]) | {"HAS_GAIN": True, "HAS_SHIFT": True}
+        yield Variant("affine", affine_kernel, dtype, config, arguments)

@@ -3,6 +3,7 @@
 Two launches, because every program of the second adds to columns of f that others of the first still read.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from weft.kernels.grouped_lora.triton import expand_config, shrink_config, split_width_of
 from weft.kernels.groups import RowGroups
+from weft.kernels.variants import DTYPES, FLOATS, INTEGERS, MULTIPLE, VALUES, Variant
 
 from . import Bottlenecks
 
@@ -226,3 +228,20 @@ def down_config(dtype: torch.dtype, max_count: int, block_rows: int) -> dict[str
 def up_config(dtype: torch.dtype, max_count: int, block_rows: int) -> dict[str, Any]:
     """Block sizes and launch options of the way up."""
     return expand_config(dtype, max_count, block_rows)
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    arguments = {
+        **dict.fromkeys(("f", "r", "down", "up", "bias", "up_bias"), VALUES),
+        **dict.fromkeys(("inputs", "activations", "bias_table", "up_bias_table"), INTEGERS),
+        **dict.fromkeys(("planes", "gates"), FLOATS),
+        **dict.fromkeys(("split_width", "f_stride", "r_stride"), MULTIPLE),
+    }
+    for dtype, units, rows in (("bf16", 64, 16), ("bf16", 256, 32), ("fp16", 16, 16), ("fp32", 256, 16)):
+        down = down_config(DTYPES[dtype], units, rows)
+        up = up_config(DTYPES[dtype], units, rows)
+        yield Variant(f"bottleneck down {units} rows {rows}", down_kernel, dtype, down, arguments)
+        for gated in (False, True):
+            name = f"bottleneck up {units} rows {rows}{' gated' if gated else ''}"
+            yield Variant(name, up_kernel, dtype, up | {"HAS_GATES": gated}, arguments)

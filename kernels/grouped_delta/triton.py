@@ -1,5 +1,6 @@
 """Grouped delta on a GPU: one launch, a program for each tile of rows and block of outputs."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
+from weft.kernels.variants import DTYPES, VALUES, Variant
 
 
 @triton.jit
@@ -78,3 +80,10 @@ def delta_config(dtype: torch.dtype, block_rows: int) -> dict[str, Any]:
     """Block sizes and launch options."""
     wide = 128 // dtype.itemsize  # fp32 products in blocks of 64 outputs spill
     return {"BLOCK_M": block_rows, "BLOCK_N": wide, "BLOCK_K": 2 * wide, "num_warps": 4, "num_stages": 3}
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    for dtype, rows in (("bf16", 16), ("bf16", 32), ("fp16", 16), ("fp32", 16)):
+        config = delta_config(DTYPES[dtype], rows)
+        yield Variant(f"delta rows {rows}", delta_kernel, dtype, config, {"delta": VALUES})

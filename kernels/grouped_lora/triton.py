@@ -5,6 +5,7 @@ The shrink splits its sum over programs (split-K) when tiles are few; each split
 adds the planes in a fixed order: no atomics, no zero-fill, the same result on every run.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
+from weft.kernels.variants import DTYPES, FLOATS, INTEGERS, MULTIPLE, VALUES, Variant
 
 # Enough programs to occupy the largest devices (132 to 304 multiprocessors); more splits only add planes to read.
 TARGET_PROGRAMS = 256
@@ -172,3 +174,13 @@ def split_width_of(width: int, tiles: int, block: int) -> int:
     """Columns of x that one program sums: a multiple of `block`, no split empty."""
     splits = min(triton.cdiv(TARGET_PROGRAMS, tiles), triton.cdiv(width, MIN_SPLIT))
     return int(triton.cdiv(triton.cdiv(width, splits), block) * block)
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    arguments = {"a": VALUES, "b": VALUES, "ranks": INTEGERS, "planes": FLOATS, "split_width": MULTIPLE}
+    for dtype, rank, rows in (("bf16", 64, 16), ("bf16", 16, 32), ("fp16", 16, 16), ("fp32", 256, 16)):
+        shrink = shrink_config(DTYPES[dtype], rank, rows)
+        expand = expand_config(DTYPES[dtype], rank, rows)
+        yield Variant(f"shrink rank {rank} rows {rows}", shrink_kernel, dtype, shrink, arguments)
+        yield Variant(f"expand rank {rank} rows {rows}", expand_kernel, dtype, expand, arguments)

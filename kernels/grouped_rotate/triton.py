@@ -5,6 +5,7 @@ touches, by the elements of these blocks and zeros between them: whatever the si
 tiles.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
+from weft.kernels.variants import DTYPES, VALUES, Variant
 
 
 @triton.jit
@@ -86,3 +88,10 @@ def rotate_config(dtype: torch.dtype, block_rows: int) -> dict[str, Any]:
     """Block sizes and launch options."""
     wide = 128 // dtype.itemsize
     return {"BLOCK_M": block_rows, "BLOCK_N": wide, "BLOCK_K": wide, "num_warps": 4, "num_stages": 3}
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    for dtype, rows in (("bf16", 16), ("bf16", 32), ("fp16", 16), ("fp32", 16)):
+        config = rotate_config(DTYPES[dtype], rows)
+        yield Variant(f"rotate rows {rows}", rotate_kernel, dtype, config, {"rotation": VALUES})

@@ -4,6 +4,7 @@ A program goes through the values of its outputs a few at a time, all outputs si
 atomics, the same result on every run.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
+from weft.kernels.variants import INTEGERS, VALUES, Variant
 
 
 @triton.jit
@@ -108,3 +110,10 @@ def grouped_sparse(y: Tensor, x: Tensor, sparse: SlotRows, groups: RowGroups) ->
 def sparse_config(block_rows: int) -> dict[str, Any]:
     """Block sizes and launch options: 4096 products at a time."""
     return {"BLOCK_M": block_rows, "BLOCK_N": 16, "BLOCK_K": 256 // block_rows, "num_warps": 4}
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    arguments = {"sparse": VALUES, "integers": INTEGERS}
+    for dtype, rows in (("bf16", 16), ("bf16", 32), ("fp16", 16), ("fp32", 16)):
+        yield Variant(f"sparse rows {rows}", sparse_kernel, dtype, sparse_config(rows), arguments)

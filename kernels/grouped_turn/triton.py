@@ -3,6 +3,7 @@
 A program reads and writes both elements of its pairs, so that no other one sees half of a pair turned.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
+from weft.kernels.variants import DTYPES, INTEGERS, VALUES, Variant
 
 
 @triton.jit
@@ -76,3 +78,10 @@ def grouped_turn(y: Tensor, turn: SlotRows, distances: Tensor, groups: RowGroups
 def turn_config(dtype: torch.dtype) -> dict[str, Any]:
     """Block size and launch options."""
     return {"BLOCK_N": 2048 // dtype.itemsize, "num_warps": 4}
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    arguments = {"turn": VALUES, "distances": INTEGERS}
+    for dtype in DTYPES:
+        yield Variant("turn", turn_kernel, dtype, turn_config(DTYPES[dtype]), arguments)

@@ -1,5 +1,6 @@
 """Logit mix on a GPU: one launch, a program for each output row and block of tokens."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import triton
@@ -7,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weft.kernels.logit_mix import MixTerms
+from weft.kernels.variants import FLOATS, INTEGERS, MULTIPLE, VALUES, Variant
 
 
 @triton.jit
@@ -57,3 +59,14 @@ def logit_mix(out: Tensor, source: Tensor, terms: MixTerms) -> None:
 def mix_config() -> dict[str, Any]:
     """Block size and launch options."""
     return {"BLOCK_N": 2048, "num_warps": 4}
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    arguments = {
+        **dict.fromkeys(("out", "source"), VALUES),
+        **dict.fromkeys(("starts", "rows", "widths"), INTEGERS),
+        **dict.fromkeys(("out_stride", "source_stride"), MULTIPLE),
+        "weights": FLOATS,
+    }
+    yield Variant("logit mix", mix_kernel, "fp32", mix_config(), arguments)

@@ -3,6 +3,7 @@
 Two launches, because a span may have many tiles; no atomics, so that the same rows give the same means on every run.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
 from weft.kernels.spans import Spans
+from weft.kernels.variants import DTYPES, FLOATS, INTEGERS, VALUES, Variant
 
 
 @triton.jit
@@ -125,3 +127,12 @@ def score_config(dtype: torch.dtype, most: int, block_rows: int) -> dict[str, An
 def mean_config(most: int) -> dict[str, Any]:
     """Block sizes and launch options of the means."""
     return {"BLOCK_T": 64, "BLOCK_E": triton.next_power_of_2(most), "num_warps": 4}
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    arguments = {"pool": VALUES, "links": INTEGERS, "bounds": INTEGERS, "scored": FLOATS, "result": FLOATS}
+    for dtype, gates, rows in (("bf16", 16, 32), ("bf16", 64, 32), ("fp16", 8, 16), ("fp32", 64, 16)):
+        config = score_config(DTYPES[dtype], gates, rows)
+        yield Variant(f"score gates {gates} rows {rows}", score_kernel, dtype, config, arguments)
+        yield Variant(f"mean gates {gates}", mean_kernel, dtype, mean_config(gates), arguments)

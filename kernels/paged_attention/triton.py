@@ -5,6 +5,7 @@ head) pairs of one row and one key head, so a decode row fills a tile as well as
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weft.kernels.groups import to_device
+from weft.kernels.variants import DTYPES, FLOAT, FLOATS, INTEGERS, MULTIPLE, VALUES, Variant
 
 from .rows import AttentionRows, LogSumExp
 
@@ -260,3 +262,32 @@ def _tiles(rows: AttentionRows, group: int, block: int) -> Tensor:
         return to_device(np.asarray(pairs, dtype=np.int32), rows.page_table.device)
 
     return rows.plan(("tiles", group, block), build)
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    arguments = {
+        **dict.fromkeys(("q", "k", "v", "k_cache", "v_cache", "out", "sinks"), VALUES),
+        **dict.fromkeys(("query_starts", "context_lens", "page_table"), INTEGERS),
+        **dict.fromkeys(("score_scale", "softcap_scale"), FLOAT),
+        **dict.fromkeys(("q_token_stride", "q_head_stride", "k_token_stride"), MULTIPLE),
+        "lse": FLOATS,
+        "slot_mapping": "*i64",
+    }
+    for dtype, group, width, longest, features in (
+        ("bf16", 4, 128, 4, ()),
+        ("bf16", 4, 128, 4, ("HAS_LSE",)),
+        ("fp16", 4, 128, 2048, ("HAS_LSE",)),
+        ("bf16", 4, 128, 2048, ("HAS_WINDOW",)),
+        ("bf16", 8, 64, 2048, ("HAS_WINDOW", "HAS_SINKS")),
+        ("bf16", 2, 256, 2048, ("HAS_WINDOW", "HAS_SOFTCAP")),
+        ("fp16", 1, 80, 512, ()),
+        ("fp32", 3, 64, 512, ("HAS_SOFTCAP",)),
+        ("fp32", 4, 256, 512, ()),
+        ("fp32", 4, 256, 512, ("HAS_LSE",)),
+    ):
+        config = attention_config(DTYPES[dtype], group, width, width, 16, longest)
+        has = {name: name in features for name in ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_SINKS", "HAS_LSE")}
+        label = " ".join(["attention", f"d {width}", *(name[4:].lower() for name in features)])
+        yield Variant(f"{label} rows {config['BLOCK_M']}", attention_kernel, dtype, config | has, arguments)
+    yield Variant("write_kv 8 x 128", write_kv_kernel, "bf16", write_kv_config(8, 128, 128), arguments)

@@ -1,5 +1,6 @@
 """Routed LoRA on a GPU: grouped LoRA's two launches, and one between them that weighs each expert's ranks by row."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from weft.kernels.grouped_lora.triton import expand_config, expand_kernel, shrink_config, shrink_kernel, split_width_of
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
+from weft.kernels.variants import DTYPES, FLOATS, INTEGERS, VALUES, Variant
 
 
 @triton.jit
@@ -117,3 +119,11 @@ def route_config(dtype: torch.dtype, max_experts: int, block_rows: int) -> dict[
     block = max(16, triton.next_power_of_2(max_experts))
     options = {"BLOCK_K": 128 // dtype.itemsize, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": block_rows, "BLOCK_E": block} | options
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    arguments = {"prototypes": VALUES, "ranks": INTEGERS, "top_k": INTEGERS, "planes": FLOATS}
+    for dtype, experts, rows in (("bf16", 16, 32), ("bf16", 64, 32), ("fp16", 8, 16), ("fp32", 64, 16)):
+        config = route_config(DTYPES[dtype], experts, rows)
+        yield Variant(f"route experts {experts} rows {rows}", route_kernel, dtype, config, arguments)

@@ -1,11 +1,14 @@
 """Weighted sum on a GPU: one launch, a program for each row that is written and block of columns."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from weft.kernels.variants import DTYPES, FLOATS, INTEGERS, MULTIPLE, VALUES, Variant
 
 
 @triton.jit
@@ -56,3 +59,15 @@ def weighted_sum(out: Tensor, where: Tensor, source: Tensor, index: Tensor, weig
 def weighted_sum_config(dtype: torch.dtype) -> dict[str, Any]:
     """Block size and launch options."""
     return {"BLOCK_N": 4096 // dtype.itemsize, "num_warps": 4}
+
+
+def variants() -> Iterator[Variant]:
+    """See `weft.kernels.variants`."""
+    arguments = {
+        **dict.fromkeys(("out", "source"), VALUES),
+        **dict.fromkeys(("where", "index"), INTEGERS),
+        **dict.fromkeys(("out_stride", "source_stride"), MULTIPLE),
+        "weights": FLOATS,
+    }
+    for dtype in DTYPES:
+        yield Variant("weighted sum", weighted_sum_kernel, dtype, weighted_sum_config(DTYPES[dtype]), arguments)
