@@ -14,33 +14,15 @@ from weft.server.config import EngineConfig
 from weft.server.engine.arithmetic import LogitArithmetic
 from weft.server.engine.engine import Engine
 from weft.server.engine.info import AdapterInfo, ModelInfo
-from weft.server.engine.request import EngineRequest, SamplingParams, TokenDelta, TokenLogprobs
-from weft.server.engine.streams import TextStream
-from weft.server.errors import InvalidRequest, NotFound, RequestError
+from weft.server.engine.request import EngineRequest, SamplingParams, TokenLogprobs
+from weft.server.errors import InvalidRequest, NotFound
+from weft.server.offline import Completion, Generation, Stream
 from weft.server.tokenization import Tokenizer
 
 Prompt = str | list[int]
 
 Adapter = str | Mapping[str, float]
 """Id of an adapter, or weights of several by id, which are composed."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One generated continuation.
-
-    Attributes:
-        text: without special tokens; empty where the model has no tokenizer.
-        finish_reason: "stop" or "length".
-        stop_reason: the stop string or stop token id that ended it.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    stop_reason: str | int | None
-    logprobs: list[TokenLogprobs] | None
 
 
 @dataclass(frozen=True)
@@ -52,21 +34,6 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None
     adapter: Adapter | None
     outputs: list[Completion]
-
-
-@dataclass
-class _Stream:
-    """A request under way and what it has produced."""
-
-    request: EngineRequest
-    text: TextStream | None
-    pieces: list[str]
-    tokens: list[int]
-    logprobs: list[TokenLogprobs]
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    error: str | None = None
 
 
 class LLM:
@@ -188,17 +155,17 @@ class LLM:
         choices = _choices(len(batch), task_id=task_id, lora_rank=lora_rank)
         sums = _one_each("arithmetic", arithmetic, len(batch))
         ids = [self._encode(prompt) for prompt in batch]
-        streams: list[_Stream] = []
+        work = Generation(self.engine, self.tokenizer)
         try:
             for prompt_ids, prompt_params, name, how, chosen, each in zip(
                 ids, all_params, names, combinations, choices, sums, strict=True
             ):
                 runs = self._runs(name, how) | self._sum(each)
                 for index in range(n):
-                    streams.append(self._start(prompt_ids, prompt_params, runs, chosen, index))
-            self._run(streams)
+                    work.add(self._request(prompt_ids, prompt_params, runs, chosen, index))
+            streams = work.run()
         except BaseException:
-            self._abandon(streams)
+            work.abandon()
             raise
         groups = [streams[i : i + n] for i in range(0, len(streams), n)]
         return [_output(prompt, name, group) for prompt, name, group in zip(batch, names, groups, strict=True)]
@@ -233,57 +200,13 @@ class LLM:
             terms.append(term)
         return {"arithmetic": replace(arithmetic, terms=tuple(terms))}
 
-    def _start(
+    def _request(
         self, ids: list[int], params: SamplingParams, runs: dict[str, Any], choices: dict[str, int], index: int
-    ) -> _Stream:
+    ) -> EngineRequest:
         if params.seed is not None and index:
             params = replace(params, seed=params.seed + index)
         self._serial += 1
-        request = EngineRequest(f"offline-{self._serial}", ids, params, choices=choices, **runs)
-        text = None
-        if self.tokenizer is not None:
-            text = TextStream(self.tokenizer, ids, params)
-        elif params.stop:
-            raise InvalidRequest("the model has no tokenizer; use stop_token_ids", param="stop")
-        self.engine.add(request)
-        return _Stream(request, text, [], [], [])
-
-    def _run(self, streams: list[_Stream]) -> None:
-        by_id = {stream.request.request_id: stream for stream in streams}
-        while self.engine.has_work:
-            deltas = self.engine.step()
-            if not deltas:
-                self.engine.wait(0.05)
-            for delta in deltas:
-                stream = by_id.get(delta.request_id)
-                if stream is not None and stream.finish_reason is None:
-                    self._take(stream, delta)
-        failed = next((stream for stream in streams if stream.error is not None), None)
-        if failed is not None:
-            on_adapters = failed.request.adapter or failed.request.composition
-            raise RequestError(failed.error or "", param="adapter" if on_adapters else None)
-
-    def _take(self, stream: _Stream, delta: TokenDelta) -> None:
-        if delta.prompt_logprobs is not None:
-            stream.prompt_logprobs = delta.prompt_logprobs
-        stream.error = delta.error
-        if stream.text is None:
-            stream.finish_reason, stream.stop_reason = delta.finish_reason, delta.stop_reason
-        else:
-            text = stream.text.push(delta)
-            stream.pieces.append(text.text)
-            stream.finish_reason, stream.stop_reason = text.finish_reason, text.stop_reason
-            if stream.text.stopped and delta.finish_reason is None:
-                self.engine.abort(delta.request_id)
-        stream.tokens += delta.token_ids
-        stream.logprobs += delta.logprobs or []
-
-    def _abandon(self, streams: list[_Stream]) -> None:
-        """Leave nothing of a failed call behind in the engine."""
-        for stream in streams:
-            self.engine.abort(stream.request.request_id)
-        if self.engine.has_work:
-            self.engine.step()
+        return EngineRequest(f"offline-{self._serial}", ids, params, choices=choices, **runs)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -307,18 +230,8 @@ def _choices(count: int, **given: Any) -> list[dict[str, int]]:
     return [{name: each[i] for name, each in values.items() if each[i] is not None} for i in range(count)]
 
 
-def _output(prompt: Prompt, adapter: Adapter | None, group: list[_Stream]) -> RequestOutput:
+def _output(prompt: Prompt, adapter: Adapter | None, group: list[Stream]) -> RequestOutput:
     first = group[0]
-    completions = [
-        Completion(
-            index,
-            "".join(stream.pieces),
-            stream.tokens,
-            stream.finish_reason or "stop",
-            stream.stop_reason,
-            stream.logprobs if stream.request.params.logprobs is not None else None,
-        )
-        for index, stream in enumerate(group)
-    ]
+    completions = [stream.completion(index) for index, stream in enumerate(group)]
     text = prompt if isinstance(prompt, str) else None
     return RequestOutput(text, first.request.prompt_token_ids, first.prompt_logprobs, adapter, completions)
