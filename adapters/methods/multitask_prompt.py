@@ -26,7 +26,7 @@ FIELDS = prompts.FIELDS["PROMPT_TUNING"] | FieldTable(
 
 def compile_prompt(checkpoint: Checkpoint, base: Base) -> SoftPrompt:
     """See ``Method.compile_prompt``. The prompt is that of the chosen task."""
-    shared = take_embeddings(checkpoint, base, FIELDS, base.hidden_size)
+    shared = take_embeddings(checkpoint, FIELDS, base.hidden_size)
     tasks = checkpoint.config.integer("num_tasks", 1, low=1, high=MAX_TASKS)
     ranks = checkpoint.config.integer("num_ranks", 1, low=1, high=MAX_RANKS)
     task = checkpoint.per_request.choose(Choice("task_id", 0, tasks - 1))

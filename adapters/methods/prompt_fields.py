@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from weft.adapters.base import Base
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import FieldTable
 from weft.adapters.errors import AdapterUnsupported
@@ -22,7 +21,7 @@ PROMPT_FIELDS = COMMON_FIELDS | FieldTable(
 )
 
 
-def take_embeddings(checkpoint: Checkpoint, base: Base, fields: FieldTable, width: int) -> torch.Tensor:
+def take_embeddings(checkpoint: Checkpoint, fields: FieldTable, width: int) -> torch.Tensor:
     """The saved ``prompt_embeddings``, fp32 ``[num_virtual_tokens, width]``, once all fields were checked.
 
     peft runs whatever makes the prompt (an MLP, an LSTM, a projection) when it saves, and keeps the result alone.

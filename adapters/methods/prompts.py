@@ -67,8 +67,8 @@ def compile_prompt(checkpoint: Checkpoint, base: Base) -> PrefixKV | SoftPrompt:
     peft_type = checkpoint.config.text("peft_type")
     assert peft_type is not None, "the caller chose this module by it"
     if peft_type in EMBEDDINGS:
-        return SoftPrompt(take_embeddings(checkpoint, base, FIELDS[peft_type], base.hidden_size))
+        return SoftPrompt(take_embeddings(checkpoint, FIELDS[peft_type], base.hidden_size))
     layers, heads, width = base.num_layers, base.kv_heads, base.head_dim
-    rows = take_embeddings(checkpoint, base, FIELDS[peft_type], 2 * layers * heads * width)
+    rows = take_embeddings(checkpoint, FIELDS[peft_type], 2 * layers * heads * width)
     tensors = rows.view(len(rows), 2 * layers, heads, width).unbind(1)
     return PrefixKV(tensors[0::2], tensors[1::2], position_offset=len(rows))
