@@ -136,7 +136,7 @@ def _wanted(rows: list[Row]) -> tuple[list[Wanted], np.ndarray[tuple[int], np.dt
     for row in rows:
         stop = row.stop
         start = stop - 1 if row.samples else stop
-        if row.seq.prompt_logprobs is not None and row.start < row.seq.prompt_len - 1:
+        if row.seq.scored and row.start < row.seq.prompt_len - 1:
             # The logits at a position speak of the next token; those of the last prompt token are sampled from.
             start = row.start
         if start < stop:

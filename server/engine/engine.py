@@ -95,13 +95,11 @@ class Engine:
             for model, lane in zip(self._lanes, self._scheduler.lanes, strict=True)
         ]
         if rows:
-            ran = [each for each in passes if each is not None]
-            for each in ran:
-                fill_prompt_logprobs(each)
+            fill_prompt_logprobs(passes, self.info.vocab_size)
             ready = gather(passes, self.info.vocab_size, self.info.eos_token_ids)
             samples = self._sampler.sample(ready.logits, ready.seqs, ready.peaks) if ready else []
             deltas = self._commit(rows, samples)
-            self._counters.stepped(each.batch for each in ran)
+            self._counters.stepped(each.batch for each in passes if each is not None)
         ended, self._ended = self._ended, []
         return ended + deltas
 
@@ -138,6 +136,7 @@ class Engine:
 
     def _append(self, seq: Sequence, token: int, sample: Sample) -> TokenDelta:
         first = seq.output_len == 0
+        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None  # they come once
         for stream in seq.streams:
             stream.tokens.append(token)
         self._counters.generated(seq)
@@ -148,7 +147,7 @@ class Engine:
             seq.request.request_id,
             [token],
             logprobs=[sample.logprobs] if sample.logprobs is not None else None,
-            prompt_logprobs=seq.prompt_logprobs if first else None,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=finish,
             stop_reason=stop,
             cached_tokens=seq.cached_tokens if first else 0,

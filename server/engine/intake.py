@@ -61,12 +61,15 @@ class Intake:
         for index, term in enumerate(arithmetic.terms):
             with _naming(index):
                 streams.append(replace(self._term(request, term), weight=term.weight, term=index))
+                _check_positions(request, streams[-1].request)
         streams = [stream for stream in streams if stream.weight or stream.term is None]
         room = min([stream.room for stream in streams])
         for model in self._models.values():
             mine = [stream for stream in streams if stream.model is model]
             if len(mine) > 1:
                 room = min(room, self._room_together(model, mine))
+                if request.params.prompt_logprobs is not None:
+                    _check_abreast(model, len(mine), len(request.prompt_token_ids) if any(map(_whole, streams)) else 1)
         return [replace(stream, room=room) for stream in streams]
 
     def _stream(self, model: FrozenModel, request: EngineRequest) -> Stream:
@@ -84,6 +87,7 @@ class Intake:
         alone = replace(
             request,
             prompt_token_ids=request.prompt_token_ids if term.prompt_token_ids is None else term.prompt_token_ids,
+            params=replace(request.params, prompt_logprobs=None),  # they are the sum's, which the leader has
             adapter=term.adapter,
             adapter_name=term.adapter_name,
             composition=term.composition,
@@ -193,8 +197,25 @@ def _check_arithmetic(request: EngineRequest, arithmetic: LogitArithmetic) -> No
         raise InvalidRequest("all weights are 0, which leaves no distribution", param="logit_arithmetic")
     if arithmetic.top_p is not None and not 0.0 < arithmetic.top_p <= 1.0:
         raise InvalidRequest(f"'top_p' must be in (0, 1], got {arithmetic.top_p}", param="logit_arithmetic")
-    if request.params.prompt_logprobs is not None:
+
+
+def _check_positions(request: EngineRequest, term: EngineRequest) -> None:
+    """Log-probabilities of the prompt are of sums, whose terms must all be about the same tokens."""
+    own, its = request.prompt_token_ids, term.prompt_token_ids
+    if request.params.prompt_logprobs is not None and its != own:
+        lengths = f", {len(its)} of them in place of {len(own)}" if len(its) != len(own) else ""
         raise InvalidRequest(
-            "'prompt_logprobs' is not served with logit arithmetic, whose streams may have different prompts",
-            param="prompt_logprobs",
+            f"this term has a prompt of other tokens than the request{lengths}, so that their sum has no "
+            "log-probabilities of the prompt ('prompt_logprobs', 'echo' with 'logprobs')"
+        )
+
+
+def _check_abreast(model: FrozenModel, streams: int, tokens: int) -> None:
+    """Streams that advance together must be able to. ``tokens``: the least that each computes in a step."""
+    if streams * tokens > model.max_batched_tokens:
+        raise InvalidRequest(
+            f"for log-probabilities of the prompt {streams} streams on one model advance together, by {tokens} tokens "
+            f"at least, in one pass of at most {model.max_batched_tokens}: raise --max-num-batched-tokens",
+            param="logit_arithmetic",
+            code="context_length_exceeded",
         )

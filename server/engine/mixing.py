@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
 
 from weft.kernels.logit_mix import MixTerms, logit_mix
-from weft.server.engine.batch import Batch
+from weft.server.engine.batch import Batch, Wanted
 from weft.server.engine.sequence import Mix, Sequence
 
 
@@ -35,8 +35,35 @@ class Ready:
     peaks: torch.Tensor | None = None
 
 
-Source = tuple[torch.Tensor, dict[Sequence, int]]
-"""Logits of one model, and which row of them is which stream's."""
+@dataclass(frozen=True)
+class Scores:
+    """What a step says of a part of a prompt.
+
+    Attributes:
+        start: the first of the tokens.
+        logits: float32 ``[tokens, vocab]``, of each token given those before it.
+    """
+
+    seq: Sequence
+    start: int
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """A distribution to be made of the streams of a request.
+
+    Attributes:
+        rows: of each stream: which of several tensors has its logits, and in which row.
+    """
+
+    leader: Sequence
+    rows: dict[Sequence, tuple[int, int]]
+
+
+PIECE = 64
+"""Positions of a prompt that are mixed at a time: the float64 that a nucleus takes is eight bytes for each token of
+the vocabulary, several times over."""
 
 
 @torch.inference_mode()
@@ -58,10 +85,9 @@ def gather(passes: SequenceOf[Pass | None], vocab: int, ends: SequenceOf[int]) -
     complete = _complete(arrived, passes)
     if not complete:
         return _plain(plain, passes[0])
-    sources = _sources(complete, arrived, passes)
-    mixed = _weigh(complete, sources, vocab, lambda seq: seq.weight)
-    _keep_nuclei(mixed, complete, sources, ends)
-    logits, peaks = mixed, _peaks(complete, sources)
+    places, sources = _places(complete, arrived, passes)
+    mixed = _distributions(places, sources, vocab, ends)
+    logits, peaks = mixed, _peaks(places, sources)
     if plain and passes[0] is not None:
         own = passes[0].logits[_index(plain.values(), mixed)]
         logits, peaks = torch.cat([own, mixed]), torch.cat([peaks.new_zeros(len(plain)), peaks])
@@ -92,55 +118,117 @@ def _complete(arrived: list[dict[Sequence, int]], passes: SequenceOf[Pass | None
     return complete
 
 
-def _sources(
+def _places(
     complete: list[Sequence], arrived: list[dict[Sequence, int]], passes: SequenceOf[Pass | None]
-) -> list[Source]:
+) -> tuple[list[Place], list[torch.Tensor]]:
     """Where the streams' logits lie: those of this step, and of each lane those that were kept."""
-    sources: list[Source] = []
+    sources: list[torch.Tensor] = []
+    at: dict[Sequence, tuple[int, int]] = {}
     for lane, each in enumerate(passes):
         streams = [seq for leader in complete for seq in leader.streams if seq.lane == lane]
-        now = {seq: arrived[lane][seq] for seq in streams if seq in arrived[lane]}
+        now = [seq for seq in streams if seq in arrived[lane]]
         if each is not None and now:
-            sources.append((each.logits, now))
+            at |= {seq: (len(sources), arrived[lane][seq]) for seq in now}
+            sources.append(each.logits)
         kept = [(seq, seq.logits) for seq in streams if seq.logits is not None]
         if kept:
-            sources.append((torch.stack([logits for _, logits in kept]), {seq: i for i, (seq, _) in enumerate(kept)}))
+            at |= {seq: (len(sources), row) for row, (seq, _) in enumerate(kept)}
+            sources.append(torch.stack([logits for _, logits in kept]))
         for seq, _ in kept:
             seq.logits = None
-    return sources
+    return [Place(leader, {seq: at[seq] for seq in leader.streams}) for leader in complete], sources
+
+
+def prompt_scores(passes: SequenceOf[Pass | None], vocab: int) -> Iterator[Scores]:
+    """What a step says of prompts that log-probabilities are asked of.
+
+    The logits at a position speak of the token after it. Streams of one request are at the same positions of one
+    prompt (``Sequence.abreast``), and its sums are made piece by piece.
+
+    Args:
+        vocab: of the main model.
+    """
+    mixed: dict[Sequence, dict[Sequence, Wanted]] = {}
+    for each in passes:
+        for want in each.batch.wanted if each else ():
+            seq = want.row.seq
+            stop = min(want.stop, seq.prompt_len - 1)
+            if not each or not seq.scored or want.start >= stop:
+                continue
+            if seq.owner.mix is None:
+                yield Scores(seq, want.start + 1, each.logits[want.first : want.first + stop - want.start])
+            else:
+                mixed.setdefault(seq.owner, {})[seq] = want
+    for leader, wants in mixed.items():
+        yield from _mixed_scores(leader, wants, passes, vocab)
+
+
+def _mixed_scores(
+    leader: Sequence, wants: dict[Sequence, Wanted], passes: SequenceOf[Pass | None], vocab: int
+) -> Iterator[Scores]:
+    start, stop = wants[leader].start, min(wants[leader].stop, leader.prompt_len - 1)
+    assert all((want.start, want.count) == (start, wants[leader].count) for want in wants.values()), "abreast"
+    assert len(wants) == len(leader.streams), "all streams are there"
+    lanes = sorted({seq.lane for seq in wants})
+    sources = [each.logits for lane in lanes if (each := passes[lane]) is not None]
+    for first in range(start, stop, PIECE):
+        places = [
+            Place(leader, {seq: (lanes.index(seq.lane), want.first + i - start) for seq, want in wants.items()})
+            for i in range(first, min(first + PIECE, stop))
+        ]
+        yield Scores(leader, first + 1, _distributions(places, sources, vocab))
+
+
+def _distributions(
+    places: list[Place], sources: list[torch.Tensor], vocab: int, ends: SequenceOf[int] | None = None
+) -> torch.Tensor:
+    """``[len(places), vocab]``: the weighed sums, without what lies outside of the nuclei that are asked for.
+
+    Args:
+        ends: end-of-sequence ids, where tokens are to be chosen, which ``min_tokens`` holds for.
+    """
+    mixed = _weigh(places, sources, vocab, lambda seq: seq.weight)
+    _keep_nuclei(mixed, places, sources, ends)
+    return mixed
 
 
 def _weigh(
-    leaders: list[Sequence], sources: list[Source], vocab: int, weight: Callable[[Sequence], float]
+    places: list[Place], sources: list[torch.Tensor], vocab: int, weight: Callable[[Sequence], float]
 ) -> torch.Tensor:
-    """``[len(leaders), vocab]``: weighed sums over their streams, -inf for tokens that some model does not know."""
-    like = sources[0][0]
-    out = like.new_zeros(len(leaders), vocab)
-    widths = [_mix(leader).width for leader in leaders]
+    """``[len(places), vocab]``: weighed sums over their streams, -inf for tokens that some model does not know."""
+    like = sources[0]
+    out = like.new_zeros(len(places), vocab)
+    widths = [_mix(place.leader).width for place in places]
     if min(widths) < vocab:
         beyond = torch.arange(vocab, device=like.device) >= torch.tensor(widths, device=like.device).unsqueeze(1)
         out.masked_fill_(beyond, -torch.inf)
-    for logits, rows in sources:
-        terms = [[(rows[seq], weight(seq)) for seq in each.streams if seq in rows and weight(seq)] for each in leaders]
+    for index, logits in enumerate(sources):
+        terms = [
+            [(row, weight(seq)) for seq, (at, row) in place.rows.items() if at == index and weight(seq)]
+            for place in places
+        ]
         logit_mix(out, logits, MixTerms.build(terms, widths, like.device))
     return out
 
 
-def _keep_nuclei(mixed: torch.Tensor, leaders: list[Sequence], sources: list[Source], ends: SequenceOf[int]) -> None:
+def _keep_nuclei(
+    mixed: torch.Tensor, places: list[Place], sources: list[torch.Tensor], ends: SequenceOf[int] | None
+) -> None:
     """Put out of question what lies outside of the nucleus of the leader's own distribution, where one is asked for.
 
-    It is taken among tokens that may come: before ``min_tokens`` no end may, whatever its probability.
+    It is taken among tokens that may come: before ``min_tokens`` no end may, whatever its probability. Those of a
+    prompt are there already.
     """
-    at = [i for i, leader in enumerate(leaders) if _mix(leader).top_p is not None]
+    at = [i for i, place in enumerate(places) if _mix(place.leader).top_p is not None]
     if not at:
         return
-    chosen = [leaders[i] for i in at]
+    chosen = [places[i] for i in at]
     own = _weigh(chosen, sources, mixed.shape[1], lambda seq: float(seq.leader is None))
-    for row, leader in zip(own, chosen, strict=True):
-        params = leader.request.params
-        if leader.output_len < params.min_tokens:
+    for row, place in zip(own, chosen, strict=True):
+        params = place.leader.request.params
+        if ends is not None and place.leader.output_len < params.min_tokens:
             row[_index([*ends, *params.stop_token_ids], row)] = -torch.inf
-    outside = ~nucleus(own, [_mix(leader).top_p or 1.0 for leader in chosen])
+    outside = ~nucleus(own, [_mix(place.leader).top_p or 1.0 for place in chosen])
     index = _index(at, mixed)
     mixed[index] = mixed[index].masked_fill(outside, -torch.inf)
 
@@ -157,13 +245,13 @@ def nucleus(logits: torch.Tensor, top_p: SequenceOf[float]) -> torch.Tensor:
     return torch.zeros_like(keep).scatter_(-1, order, keep)
 
 
-def _peaks(leaders: list[Sequence], sources: list[Source]) -> torch.Tensor:
-    """``[len(leaders)]``: sums of the streams' largest logits; what is not a number in one of them shows in the sum."""
-    peaks = sources[0][0].new_zeros(len(leaders))
-    place = {leader: i for i, leader in enumerate(leaders)}
-    for logits, rows in sources:
-        largest = logits.amax(dim=-1)[_index(rows.values(), logits)]
-        peaks.index_add_(0, _index([place[seq.owner] for seq in rows], logits), largest)
+def _peaks(places: list[Place], sources: list[torch.Tensor]) -> torch.Tensor:
+    """``[len(places)]``: sums of the streams' largest logits; what is not a number in one of them shows in the sum."""
+    peaks = sources[0].new_zeros(len(places))
+    for index, logits in enumerate(sources):
+        rows = [(i, row) for i, place in enumerate(places) for at, row in place.rows.values() if at == index]
+        largest = logits.amax(dim=-1)[_index([row for _, row in rows], logits)]
+        peaks.index_add_(0, _index([i for i, _ in rows], logits), largest)
     return peaks
 
 

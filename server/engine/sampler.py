@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
 
-from weft.server.engine.batch import Wanted
-from weft.server.engine.mixing import Pass
+from weft.server.engine.mixing import Pass, prompt_scores
 from weft.server.engine.request import SamplingParams, TokenLogprobs
 from weft.server.engine.sequence import Sequence
 
@@ -193,21 +193,11 @@ def _possible(ids: list[int], logprobs: list[float]) -> list[tuple[int, float]]:
 
 
 @torch.inference_mode()
-def fill_prompt_logprobs(each: Pass) -> None:
-    """Give sequences that ask for it the log-probabilities of the prompt tokens of a pass."""
-    for want in each.batch.wanted:
-        if want.row.seq.prompt_logprobs is not None:
-            _fill_prompt_logprobs(each.logits, want)
-
-
-def _fill_prompt_logprobs(logits: torch.Tensor, want: Wanted) -> None:
-    """The logits at a position speak of the token after it."""
-    seq = want.row.seq
-    assert seq.prompt_logprobs is not None, "asked for"
-    stop = min(want.stop, seq.prompt_len - 1)
-    if want.start >= stop:
-        return
-    rows = logits[want.first : want.first + stop - want.start]
-    tokens = torch.tensor(seq.tokens[want.start + 1 : stop + 1], device=logits.device)
-    count = seq.request.params.prompt_logprobs or 0
-    seq.prompt_logprobs[want.start + 1 : stop + 1] = _report(rows, tokens, [count] * len(tokens))
+def fill_prompt_logprobs(passes: SequenceOf[Pass | None], vocab: int) -> None:
+    """Give sequences that ask for it the log-probabilities of those of their prompt's tokens that a step is about."""
+    for scores in prompt_scores(passes, vocab):
+        seq, count = scores.seq, len(scores.logits)
+        assert seq.prompt_logprobs is not None, "asked for"
+        tokens = torch.tensor(seq.tokens[scores.start : scores.start + count], device=scores.logits.device)
+        top = seq.request.params.prompt_logprobs or 0
+        seq.prompt_logprobs[scores.start : scores.start + count] = _report(scores.logits, tokens, [top] * count)

@@ -106,51 +106,65 @@ class Scheduler:
     def schedule(self) -> list[Row]:
         """The rows of the next step of every lane, decoding ones first. Their pages are allocated.
 
-        A request whose prompts are computed whole and that found too little budget left has what it takes reserved in
-        the next step, in which decoding rows may have to pause; never in two steps in a row.
+        A request whose prompts are computed whole or go abreast and that found too little budget left has what it takes
+        reserved in the next step, in which decoding rows may have to pause; never in two steps in a row.
         """
         held, self._held = self._held, None
-        reserved = [_whole_tokens(held, index) if held else 0 for index in range(len(self.lanes))]
+        reserved = [_reserved(held, index) if held else 0 for index in range(len(self.lanes))]
         budget = [self.config.max_num_batched_tokens - tokens for tokens in reserved]
         preemptions = self.preemptions
-        streams = [stream for seq in self.running for stream in seq.streams]
-        rows = self._extend([seq for seq in streams if seq.remaining == 1], budget)
-        makers = [maker for lane in self.lanes for maker in lane.prompts.makers()]
-        rows += self._extend([*makers, *(seq for seq in streams if seq.remaining > 1)], budget)
+        parts = [part for seq in self.running if seq is not held for part in seq.parts]
+        rows = self._extend([part for part in parts if part[0].remaining == 1], budget)
+        if held in self.running:
+            budget, reserved = _added(budget, reserved), [0] * len(self.lanes)
+            rows += self._extend([held.abreast], budget)
+        makers = [[maker] for lane in self.lanes for maker in lane.prompts.makers()]
+        rows += self._extend([*makers, *(part for part in parts if part[0].remaining > 1)], budget)
         # Whoever was preempted for the sake of another must not run.
         rows = [row for row in rows if row.seq.blocks]
+        if held is None:
+            ran = {row.seq for row in rows}
+            self._held = next((seq for seq in self.running if seq.abreast and seq not in ran), None)
         if self.preemptions == preemptions:  # pages are short otherwise, and admitting would preempt again
-            rows += self._admit([left + tokens for left, tokens in zip(budget, reserved, strict=True)], held)
+            rows += self._admit(_added(budget, reserved), held)
         for row in rows:
             if row.seq.embeddings is None:
                 self.waiting.charge(row.seq.owner.name, row.stop - row.start)
         return rows
 
-    def _extend(self, seqs: list[Sequence], budget: list[int]) -> list[Row]:
+    def _extend(self, parts: Iterable[list[Sequence]], budget: list[int]) -> list[Row]:
         """Rows for running sequences, oldest first, preempting the youngest when pages run out.
 
         Args:
+            parts: sequences that advance together, or one alone.
             budget: tokens that each lane has left; what the rows take is taken off.
         """
         rows: list[Row] = []
-        for seq in seqs:
-            count = min(seq.remaining, budget[seq.lane])
-            if count == 0 or not seq.blocks:  # no budget left, or preempted for an older one
+        for part in parts:
+            count = _share(part, budget)
+            if count == 0 or not part[0].blocks:  # no budget left, or preempted for an older one
                 continue
-            while not self._reserve(seq, seq.computed + count):
-                victim = next(other for other in reversed(self.running) if self._rows_of(other, seq.lane))
-                self.preempt(victim)
-                if victim is seq.owner:
-                    break
-            else:
-                rows.append(Row(seq, seq.computed, seq.computed + count))
-                budget[seq.lane] -= count
+            if all(self._make_room(seq, seq.computed + count) for seq in part):
+                rows += _advance(part, count, budget)
         return rows
 
+    def _make_room(self, seq: Sequence, tokens: int) -> bool:
+        """Pages for ``tokens`` tokens, of the youngest if need be; False if that is the request itself."""
+        while not self._reserve(seq, tokens):
+            victim = next(other for other in reversed(self.running) if self._rows_of(other, seq.lane))
+            self.preempt(victim)
+            if victim is seq.owner:
+                return False
+        return True
+
     def _admit(self, budget: list[int], held: Sequence | None) -> list[Row]:
-        """Rows for waiting sequences, ``held`` first, while there are budget, rows, pages and slots."""
+        """Rows for waiting sequences, ``held`` first, while there are budget, rows, pages and slots.
+
+        Args:
+            held: that something was reserved for in this step, waiting or running.
+        """
         rows: list[Row] = []
-        first = held
+        first = held if held not in self.running else None
         while budget[0] > 0 and self.lanes[0].rows < self.config.max_num_seqs:
             seq = self._next(first)
             if seq is None:
@@ -160,7 +174,7 @@ class Scheduler:
                 cached = self._cached_blocks(seq)
             room = not short and not self._short_of_rows(seq)
             if room and any(_whole_tokens(seq, index) > left for index, left in enumerate(budget)):
-                room, self._held = False, None if held else seq
+                room, self._held = False, None if held else self._held or seq
             if not room:
                 self._release_slots(seq, used=False)
                 break
@@ -175,17 +189,13 @@ class Scheduler:
 
     def _begin(self, seq: Sequence, budget: list[int]) -> list[Row]:
         """The first rows of a request's streams; a follower gets none yet where its lane has no budget left."""
-        rows = []
-        # Prompts that cannot be cut come first, so that the others do not take what they need.
-        for stream in sorted(seq.streams, key=lambda stream: not stream.whole_prompt):
+        for stream in seq.streams:
             # The whole prompt at once, though it may be computed in chunks: whoever is admitted can be computed.
             reserved = self._reserve(stream, len(stream.tokens))
             assert reserved, "admission checked that the pages are there"
-            count = min(stream.remaining, budget[stream.lane])
-            if count:
-                rows.append(Row(stream, stream.computed, stream.computed + count))
-                budget[stream.lane] -= count
-        return rows
+        # Prompts that cannot be cut come first, so that the others do not take what they need.
+        parts = sorted(seq.parts, key=lambda part: not part[0].uncut)
+        return [row for part in parts for row in _advance(part, _share(part, budget), budget)]
 
     def _next(self, only: Sequence | None) -> Sequence | None:
         """The request to admit next, with slots for all its streams; no one but ``only``, if it is given.
@@ -244,7 +254,7 @@ class Scheduler:
 
     def _cached_blocks(self, seq: Sequence) -> list[list[int]]:
         """Of each stream, pages already computed for a prefix of its tokens; at least one token is left to compute."""
-        if not self.config.enable_prefix_caching or seq.request.params.prompt_logprobs is not None:
+        if not self.config.enable_prefix_caching or seq.scored:
             return [[] for _ in seq.streams]
         return [
             []
@@ -354,6 +364,7 @@ class Scheduler:
         assert all(not seq.blocks and seq.slot == -1 for seq in waiting), "a waiting sequence holds pages or a slot"
         assert all(seq.logits is None for seq in waiting), "a waiting sequence keeps logits"
         assert all(seq.remaining > 0 or seq.logits is not None for seq in running), "a sequence has nothing to compute"
+        assert all(seq.computed == s.computed for seq in self.running for s in seq.abreast), "streams are not abreast"
         for index, (lane, pins) in enumerate(zip(self.lanes, adapter_pins, strict=True)):
             rows = [seq for seq in running if seq.lane == index]
             assert lane.rows == len(rows), f"{len(rows)} rows of lane {index}, counted as {lane.rows}"
@@ -368,4 +379,28 @@ class Scheduler:
 
 def _whole_tokens(seq: Sequence, lane: int) -> int:
     """Tokens of a request's prompts in a lane that must be computed in one step."""
-    return sum(stream.prompt_len for stream in seq.streams if stream.lane == lane and stream.whole_prompt)
+    return sum(stream.prompt_len for stream in seq.streams if stream.lane == lane and stream.uncut)
+
+
+def _reserved(seq: Sequence, lane: int) -> int:
+    """Tokens in a lane without which a request gets no further: of one that is abreast already, one of each stream."""
+    return sum(stream.lane == lane for stream in seq.abreast) if seq.blocks else _whole_tokens(seq, lane)
+
+
+def _share(part: list[Sequence], budget: list[int]) -> int:
+    """Tokens that each stream of a part can compute."""
+    if len(part) == 1:  # as almost all are
+        return min(part[0].remaining, budget[part[0].lane])
+    rows = Counter(seq.lane for seq in part)
+    return min(part[0].remaining, *(budget[lane] // count for lane, count in rows.items()))
+
+
+def _advance(part: list[Sequence], count: int, budget: list[int]) -> list[Row]:
+    """Rows of ``count`` tokens for each stream of a part, taken off the budget; none of no tokens."""
+    for seq in part:
+        budget[seq.lane] -= count
+    return [Row(seq, seq.computed, seq.computed + count) for seq in part] if count else []
+
+
+def _added(one: list[int], other: list[int]) -> list[int]:
+    return [a + b for a, b in zip(one, other, strict=True)]

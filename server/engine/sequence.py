@@ -58,7 +58,8 @@ class Sequence:
         max_len: tokens of prompt and output at most.
         whole_prompt: its prompt is computed in one pass, because its adapter's gates are means over it.
         seed: of its random numbers.
-        prompt_logprobs: filled as the prompt is computed, if asked for.
+        prompt_logprobs: filled as the prompt is computed, if asked for; None again once they were handed over. With
+            logit arithmetic they are the leader's, and of the sum.
         arrival: position in the order of acceptance.
         accepted, first_run: times on ``time.monotonic``'s clock, in seconds; the latter None until it has run.
 
@@ -125,6 +126,31 @@ class Sequence:
     def owner(self) -> Sequence:
         """The leader, which may be itself."""
         return self.leader or self
+
+    @property
+    def abreast(self) -> list[Sequence]:
+        """Of a leader: its streams, if their prompts advance together; none otherwise.
+
+        Prompts that log-probabilities are asked of do, so that the logits that make up one distribution are never
+        there in different steps: to keep them would take a vocabulary for each token.
+        """
+        return self.streams if self.mix is not None and self.prompt_logprobs is not None else []
+
+    @property
+    def parts(self) -> list[list[Sequence]]:
+        """Of a leader: its streams, those together that advance together."""
+        together = self.abreast
+        return [together] if together else [[stream] for stream in self.streams]
+
+    @property
+    def scored(self) -> bool:
+        """The logits of its whole prompt are wanted."""
+        return self.owner.prompt_logprobs is not None
+
+    @property
+    def uncut(self) -> bool:
+        """Its prompt is computed in one pass, for its own sake or that of a stream it goes abreast with."""
+        return self.whole_prompt or any(stream.whole_prompt for stream in self.owner.abreast)
 
     @property
     def prompt_len(self) -> int:

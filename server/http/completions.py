@@ -55,7 +55,6 @@ class CompletionFormat:
             cache_salt=body.cache_salt,
             priority=body.priority or 0,
             choices=body.adapter_choices(),
-            prompt_logprobs_param="echo" if body.prompt_logprobs is None else "prompt_logprobs",
         )
 
     def choice(self, generation: Generation, index: int, delta: TextDelta, *, first: bool) -> dict[str, Any]:

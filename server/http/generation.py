@@ -19,10 +19,6 @@ from weft.server.http.resolution import Resolved, Wanted, leased
 from weft.server.http.state import ServerState
 from weft.server.http.timing import observed
 
-NO_PROMPT_LOGPROBS = (
-    "there are no log-probabilities of the prompt ('prompt_logprobs', 'echo' with 'logprobs') with logit arithmetic: "
-    "its streams may have different prompts"
-)
 MERGE_BUFFER = 64
 """Deltas that may wait between the streams of one request and its reply."""
 
@@ -40,7 +36,6 @@ class Plan:
         encode: makes the prompts' token ids; run in a thread.
         prompt_param: the field the prompts come from.
         choices: what is chosen of the adapter, by name.
-        prompt_logprobs_param: the field that asks for them.
         no_output: no token is wanted, only what is known of the prompt. One is generated, since that is the least the
             engine does, and dropped.
     """
@@ -58,7 +53,6 @@ class Plan:
     priority: int = 0
     choices: dict[str, int] = field(default_factory=dict)
     render: Encode | None = None
-    prompt_logprobs_param: str = "prompt_logprobs"
     arrived: float = field(default_factory=time.perf_counter)
 
 
@@ -188,8 +182,6 @@ async def opened(state: ServerState, plan: Plan) -> AsyncIterator[Generation]:
         prompts = await state.workers.run(plan.encode)
         check_prompts(plan, prompts, info, state.limits.max_sequences, steered.streams if steered else 1)
         if steered is not None:
-            if plan.params.prompt_logprobs is not None:
-                raise InvalidRequest(NO_PROMPT_LOGPROBS, param=plan.prompt_logprobs_param)
             steered = await state.workers.run(steered.encoded)
             check_terms(steered, prompts, plan.params.max_tokens, info)
         yield Generation(state, plan, prompts, runs, steered)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptTuningConfig
+from peft import LilyConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM
 
 from tests.engine.conftest import Zoo
 from tests.engine.harness import Driver, Oracles, Stream, assert_alone, random_prompt
@@ -18,12 +19,14 @@ from tests.support.models import VOCAB_SIZE, tiny_model
 from weft.adapters.composition import Composition, Member
 from weft.server import LLM
 from weft.server.config import ConfigError, EngineConfig
+from weft.server.engine import mixing
 from weft.server.engine.arithmetic import LogitArithmetic, Term, proxy
 from weft.server.engine.engine import Engine
-from weft.server.engine.request import EngineRequest, SamplingParams, TokenDelta
+from weft.server.engine.request import EngineRequest, SamplingParams, TokenDelta, TokenLogprobs
 from weft.server.errors import InvalidRequest, NotFound
 
 ALPHAS = (0.0, 0.5, 1.0, 2.0)
+WEIGHTS = (0.7, -0.4)
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,15 @@ class Worlds:
         return self.main if model is None else self.further[model]
 
     def assert_equal(self, stream: Stream, tolerance: float = 1e-3) -> None:
-        """Greedy tokens and their log-probabilities are those of all models run one after the other."""
+        """Greedy tokens, and all log-probabilities, are those of all models run one after the other."""
         assert stream.last is not None and stream.last.error is None, stream.last
         request, arithmetic = stream.request, stream.request.arithmetic
         assert arithmetic is not None and stream.tokens
         own = Term(arithmetic.weight, None, request.adapter)
         terms = [term for term in arithmetic.terms if term.weight]
-        logits = [self._logits(term, stream) for term in (own, *terms)]
+        scored = stream.request.params.prompt_logprobs is not None
+        first = len(stream.request.prompt_token_ids) - 1 if scored else 0  # of the sums, what is left out of the output
+        logits = [self._logits(term, stream, scored=scored) for term in (own, *terms)]
         width = min(each.shape[1] for each in logits)
         scores = arithmetic.weight * logits[0][:, :width]
         if arithmetic.top_p is not None:
@@ -65,16 +70,35 @@ class Worlds:
         for each, term in zip(logits[1:], terms, strict=True):
             scores = scores + term.weight * each[:, :width]
         logprobs = scores.log_softmax(-1)
-        assert stream.tokens == logprobs.argmax(-1).tolist()
-        expected = logprobs.gather(1, torch.tensor(stream.tokens).unsqueeze(1)).squeeze(1)
+        assert stream.tokens == logprobs[first:].argmax(-1).tolist()
+        expected = logprobs[first:].gather(1, torch.tensor(stream.tokens).unsqueeze(1)).squeeze(1)
         given = torch.tensor([entry.logprob for entry in stream.logprobs])
         torch.testing.assert_close(given, expected, atol=tolerance, rtol=0)
+        assert scored == (stream.prompt_logprobs is not None)
+        if stream.prompt_logprobs is not None:
+            self._assert_prompt(stream.request, stream.prompt_logprobs, logprobs[:first], tolerance)
 
-    def _logits(self, term: Term, stream: Stream) -> torch.Tensor:
-        """``[output, vocab]`` of one stream alone."""
+    def _assert_prompt(
+        self, request: EngineRequest, entries: list[TokenLogprobs | None], logprobs: torch.Tensor, tolerance: float
+    ) -> None:
+        assert entries[0] is None and len(entries) == len(request.prompt_token_ids)
+        for entry, token, row in zip(entries[1:], request.prompt_token_ids[1:], logprobs, strict=True):
+            assert entry is not None and entry.token_id == token
+            top = row.sort(descending=True).values
+            got = torch.tensor([entry.logprob, *(logprob for _, logprob in entry.top)])
+            wanted = torch.stack([row[token], *top[: len(entry.top)]])
+            torch.testing.assert_close(got, wanted, atol=tolerance, rtol=0)
+            count = request.params.prompt_logprobs or 0
+            assert len(entry.top) == min(count, int((row > -torch.inf).sum())), "no more than may come"
+            above = float(row[token]) + 2 * tolerance, float(row[token]) - 2 * tolerance
+            assert int((row > above[0]).sum()) + 1 <= entry.rank <= int((row > above[1]).sum()) + 1
+
+    def _logits(self, term: Term, stream: Stream, *, scored: bool = False) -> torch.Tensor:
+        """``[output, vocab]`` of one stream alone; ``scored``: of the prompt before them as well."""
         prompt = term.prompt_token_ids or stream.request.prompt_token_ids
-        logits = self.zoo(term.model).oracles[term.adapter].logits([*prompt, *stream.tokens])
-        return logits[len(prompt) - 1 : -1]
+        name = term.adapter if term.composition is None else COMPOSED[term.composition.identity]
+        logits = self.zoo(term.model).oracles[name].logits([*prompt, *stream.tokens], len(prompt))
+        return logits[0 if scored else len(prompt) - 1 : -1]
 
 
 def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -90,6 +114,25 @@ def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return keep
 
 
+def composition(seed: int) -> Composition:
+    """Of the adapters of the model of that seed."""
+    return Composition((Member(f"good{seed}", WEIGHTS[0]), Member(f"bad{seed}", WEIGHTS[1])), "linear")
+
+
+COMPOSED = {composition(seed).identity: f"both{seed}" for seed in (0, 10, 20)}
+"""What the oracles know them under."""
+
+
+def _both(base: Path, adapters: dict[str, Path], seed: int, folder: Path) -> Path:
+    """The sum as peft makes it."""
+    good, bad = f"good{seed}", f"bad{seed}"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapters[good], good)
+    model.load_adapter(adapters[bad], bad)
+    model.add_weighted_adapter([good, bad], list(WEIGHTS), "both", combination_type="cat")
+    model.save_pretrained(folder, selected_adapters=["both"])
+    return folder / "both"
+
+
 def _zoo(folder: Path, arch: str, seed: int, **config: Any) -> Zoo:
     base = tiny_model(arch, folder / "base", seed=seed, **config)
     adapters = {
@@ -100,7 +143,8 @@ def _zoo(folder: Path, arch: str, seed: int, **config: Any) -> Zoo:
     soft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
     adapters[f"prefix{seed}"] = make_adapter(base, folder / "prefix", prefix, scale=1.0, seed=seed)
     adapters[f"soft{seed}"] = make_adapter(base, folder / "soft", soft, scale=3.0, seed=seed)
-    return Zoo(base, adapters, Oracles(base, adapters))
+    both = _both(base, adapters, seed, folder / "sum")
+    return Zoo(base, adapters, Oracles(base, {**adapters, f"both{seed}": both}))
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +191,18 @@ def arithmetics(alpha: float) -> list[tuple[str | None, LogitArithmetic]]:
         ("prefix0", LogitArithmetic((Term(-alpha, None, "soft0"), small(alpha, "prefix10"), small(-alpha, "soft10")))),
         (None, LogitArithmetic((small(alpha, "good10"), small(0.3, "bad10"), Term(-alpha, "old"), Term(0.2, "old")))),
         ("good0", LogitArithmetic((small(alpha, prompt_token_ids=other),), weight=0.5, top_p=0.5)),
+        ("soft0", LogitArithmetic((small(alpha, composition=composition(10)), Term(-alpha, "old")), top_p=0.8)),
     ]
 
 
 def burst(driver: Driver, worlds: Worlds, **params: Any) -> tuple[list[Stream], list[Stream]]:
-    """Every sum at every weight, and plain requests between them."""
+    """Every sum at every weight, half of those that can with their prompts scored, and plain requests between them."""
     mixed, plain = [], []
-    for alpha in ALPHAS:
-        for adapter, arithmetic in arithmetics(alpha):
-            mixed.append(ask(driver, arithmetic, adapter, **params))
+    for turn, alpha in enumerate(ALPHAS):
+        for index, (adapter, arithmetic) in enumerate(arithmetics(alpha)):
+            scored = (turn + index) % 2 == 0 and all(term.prompt_token_ids is None for term in arithmetic.terms)
+            asked = {"prompt_logprobs": index % 3} if scored else {}
+            mixed.append(ask(driver, arithmetic, adapter, **params, **asked))
         for adapter in (None, "good0", "prefix0"):
             plain.append(driver.add(random_prompt(random.Random(len(driver.streams))), adapter, **params))
     return mixed, plain
@@ -349,6 +396,9 @@ def test_compositions_serve_as_terms(worlds: Worlds) -> None:
     assert composed.tokens == plain.tokens
 
 
+OTHER_PROMPT = (Term(1.0, prompt_token_ids=[3, 4]),)
+
+
 @pytest.mark.parametrize(
     ("arithmetic", "options", "param", "message"),
     [
@@ -361,7 +411,8 @@ def test_compositions_serve_as_terms(worlds: Worlds) -> None:
         (LogitArithmetic((Term(1.0, prompt_token_ids=[3] * 600),)), {}, "logit_arithmetic[0]", "600 tokens"),
         (LogitArithmetic((Term(1.0, "old"),)), {"logit_bias": {VOCAB_SIZE - 5: 1.0}}, "logit_arithmetic[0]", "logit_b"),
         (LogitArithmetic((Term(0.0, "old"),)), {"stop_token_ids": (155,)}, "logit_arithmetic[0]", "stop_token_ids"),
-        (LogitArithmetic((Term(1.0),)), {"prompt_logprobs": 0}, "prompt_logprobs", "different prompts"),
+        (LogitArithmetic((small(1.0), *OTHER_PROMPT)), {"prompt_logprobs": 0}, "logit_arithmetic[1]", "2 of them in"),
+        (LogitArithmetic((small(0.0, prompt_token_ids=[3]),)), {"prompt_logprobs": 0}, "logit_arithmetic[0]", "echo"),
         (LogitArithmetic(tuple(Term(0.1) for _ in range(8))), {}, "logit_arithmetic", "9 streams .* 8 rows"),
         (LogitArithmetic((Term(1.0, choices={"task_id": 1}),)), {}, "logit_arithmetic[0]", "task_id"),
     ],
@@ -374,6 +425,96 @@ def test_what_cannot_be_served_is_refused_by_name(
         ask(driver, arithmetic, **options)
     assert error.value.param == param
     assert not driver.engine.has_work
+    driver.engine.check_integrity()
+
+
+def test_prompts_of_other_tokens_have_no_common_scores(worlds: Worlds) -> None:
+    """Equal tokens do, wherever they come from, and virtual tokens in front of them are not of the prompt."""
+    driver = worlds.driver()
+    prompt = list(range(3, 30))
+    for its in (prompt[:-1], prompt[::-1]):
+        with pytest.raises(InvalidRequest, match="of other tokens") as error:
+            arithmetic = LogitArithmetic((small(0.5, prompt_token_ids=its),))
+            ask(driver, arithmetic, prompt_token_ids=prompt, prompt_logprobs=0)
+        assert error.value.param == "logit_arithmetic[0]"
+    arithmetic = LogitArithmetic((small(0.5, "soft10", prompt_token_ids=[*prompt]), small(-0.5, "prefix10")))
+    stream = ask(driver, arithmetic, prompt_token_ids=prompt, prompt_logprobs=5)
+    driver.run()
+    worlds.assert_equal(stream)
+
+
+def test_streams_that_go_abreast_must_fit_a_step(worlds: Worlds) -> None:
+    driver = worlds.driver(max_num_batched_tokens=3)
+    terms = tuple(Term(0.5, None, name) for name in ("good0", "bad0", None))
+    with pytest.raises(InvalidRequest, match=r"4 streams on one model .* at most 3") as error:
+        ask(driver, LogitArithmetic(terms), prompt_logprobs=0)
+    assert error.value.param == "logit_arithmetic"
+    stream = ask(driver, LogitArithmetic(terms[:2]), prompt_logprobs=0)
+    driver.run()
+    worlds.assert_equal(stream)
+
+
+def test_scored_prompts_beside_steady_decoding(worlds: Worlds) -> None:
+    """Rows that decode leave too little of every step for all streams; these must not wait for them to end."""
+    driver = worlds.driver(max_num_batched_tokens=6, max_num_seqs=8)
+    others = [driver.add([5, 6, 7], "good0", max_tokens=100) for _ in range(5)]
+    for _ in range(12):
+        driver.step()
+    arithmetic = LogitArithmetic((Term(1.0, None, "bad0"), Term(-1.0, None, "good0"), small(0.5)))
+    stream = ask(driver, arithmetic, prompt_token_ids=list(range(3, 15)), prompt_logprobs=1)
+    while not stream.tokens:
+        driver.step()
+        assert all(len(other.tokens) < 90 for other in others)
+    driver.run()
+    worlds.assert_equal(stream)
+    for other in others:
+        assert_alone(other, worlds.main.oracles["good0"])
+
+
+def test_long_prompts_are_scored_piece_by_piece(worlds: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of sums is longer than a piece, whatever the prompt and the step hold; none of it is kept."""
+    sizes: list[int] = []
+
+    def watched(places: list[mixing.Place], *args: Any) -> torch.Tensor:
+        sizes.append(len(places))
+        return weigh(places, *args)
+
+    weigh = mixing._weigh
+    monkeypatch.setattr(mixing, "_weigh", watched)
+    driver = worlds.driver(max_num_batched_tokens=2048)
+    arithmetic = proxy(expert=("small", "good10"), anti_expert=("small", "soft10"), top_p=0.7)
+    prompt = random_prompt(random.Random(4), 300, 301)
+    stream = ask(driver, arithmetic, prompt_token_ids=prompt, prompt_logprobs=2, max_tokens=4)
+    driver.step()
+    while not stream.tokens:
+        driver.step()
+    assert max(sizes) == mixing.PIECE and sum(sizes) >= 300
+    assert all(seq.prompt_logprobs is None for seq in driver.engine._scheduler.running), "handed over"
+    driver.run()
+    worlds.assert_equal(stream)
+
+
+def test_scored_prompts_that_are_computed_whole(worlds: Worlds, tmp_path: Path) -> None:
+    """One stream's gates are means over its prompt, so all streams compute theirs in one step."""
+    base = worlds.main.base
+    lily = LilyConfig(task_type="CAUSAL_LM", r=3, num_B=2, stride_A=2, scaling=8.0, target_modules=["q_proj", "v_proj"])
+    folder = make_adapter(base, tmp_path / "lily", lily)
+    worlds = replace(worlds, main=replace(worlds.main, oracles=Oracles(base, {**worlds.main.adapters, "lily": folder})))
+    driver = worlds.driver(max_num_batched_tokens=60, max_num_seqs=6)
+    driver.engine.register_adapter("lily", folder)
+    for index in range(6):
+        term = Term(0.5, None, "lily") if index % 2 else small(0.5, "good10")
+        arithmetic = LogitArithmetic((term, small(-0.5)), weight=0.8, top_p=0.9 if index % 3 else None)
+        prompt = random_prompt(random.Random(index), 20, 30)
+        ask(driver, arithmetic, None if index % 2 else "lily", prompt_token_ids=prompt, prompt_logprobs=1)
+        driver.add([5, 6, 7], "good0", max_tokens=30)
+    driver.run(driver.engine.check_integrity)
+    for stream in driver.streams.values():
+        if stream.request.arithmetic is not None:
+            worlds.assert_equal(stream)
+    long = [7] * 31
+    with pytest.raises(InvalidRequest, match=r"2 streams on one model .* by 31 tokens .* at most 60"):
+        ask(driver, LogitArithmetic((Term(0.5, None, "lily"),)), prompt_token_ids=long, prompt_logprobs=0)
     driver.engine.check_integrity()
 
 

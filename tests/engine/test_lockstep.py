@@ -74,17 +74,28 @@ def _prompt(version: str | None) -> SoftPrompt | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request: (lane, adapter, prompt's length) of each stream, its output, when it arrives and is aborted."""
+    """A request: (lane, adapter, prompt's length) of each stream, its output, when it arrives and is aborted.
+
+    ``scored``: log-probabilities of its prompt are asked for, which then is as long in all streams.
+    """
 
     streams: tuple[tuple[int, str | None, int], ...]
     output: int
     arrival: int
     abort: int | None
+    scored: bool
 
-    def fits(self, pages: list[int], slots: int, rows: int) -> bool:
+    @property
+    def lengths(self) -> list[int]:
+        return [self.streams[0][2] if self.scored else length for _, _, length in self.streams]
+
+    def fits(self, pages: list[int], slots: int, rows: int, budget: int) -> bool:
         """What the engine checks before it takes a request in."""
         for lane in range(LANES):
-            mine = [(adapter, length) for where, adapter, length in self.streams if where == lane]
+            streams = zip(self.streams, self.lengths, strict=True)
+            mine = [(adapter, length) for (where, adapter, _), length in streams if where == lane]
+            if self.scored and len(mine) > budget:
+                return False
             own = [prompt.length if (prompt := _prompt(adapter)) else 0 for adapter, _ in mine]
             tokens = (pages[lane] - sum(n % SIZE > 0 for n in own)) * SIZE - len(mine) * (SIZE - 1)
             if sum(own) + sum(length + self.output for _, length in mine) > tokens and mine:
@@ -102,7 +113,10 @@ def streams_of() -> st.SearchStrategy[tuple[tuple[int, str | None, int], ...]]:
 
 
 plans = st.lists(
-    st.builds(Plan, streams_of(), st.integers(1, 12), st.integers(0, 30), st.none() | st.integers(0, 60)), max_size=12
+    st.builds(
+        Plan, streams_of(), st.integers(1, 12), st.integers(0, 30), st.none() | st.integers(0, 60), st.booleans()
+    ),
+    max_size=12,
 )
 
 
@@ -118,8 +132,9 @@ class Bench:
 
     def add(self, plan: Plan, name: str) -> Sequence:
         made = []
-        for lane, adapter, length in plan.streams:
-            request = EngineRequest(name, [len(made) + 3] * length, SamplingParams(), adapter, adapter)
+        for (lane, adapter, _), length in zip(plan.streams, plan.lengths, strict=True):
+            params = SamplingParams(prompt_logprobs=0 if plan.scored and not made else None)
+            request = EngineRequest(name, [len(made) + 3] * length, params, adapter, adapter)
             root = root_key(f"model {lane}", adapter, None)
             seq = Sequence.start(request, root, length + plan.output, _prompt(adapter))
             seq.lane = lane
@@ -148,6 +163,9 @@ class Bench:
             written = [block for row in mine for block in _written(row)]
             assert len(written) == len(set(written)), "two rows write to one page"
         arrived = [row.seq for row in rows if row.samples]
+        for leader in self.live:
+            parts = [(row.start, row.stop) for row in rows if row.seq in leader.abreast]
+            assert not parts or parts == [parts[0]] * len(leader.streams), "logits of one distribution in two steps"
         for row in rows:
             assert len(row.seq.blocks) * SIZE >= row.seq.offset + row.stop, "a row without the pages it writes to"
             self.scheduler.computed(row)
@@ -155,6 +173,7 @@ class Bench:
             seq.logits = torch.zeros(1)
         for leader in dict.fromkeys(seq.owner for seq in arrived):
             if all(seq.logits is not None for seq in leader.streams):
+                leader.prompt_logprobs = None
                 for seq in leader.streams:
                     seq.tokens.append(9)
                     seq.logits = None
@@ -184,7 +203,7 @@ def test_every_request_ends_and_nothing_is_left(
     asked: list[Plan], pages: list[int], slots: int, tokens: int, rows: int, caching: bool
 ) -> None:
     bench = Bench(pages, slots, max_num_batched_tokens=tokens, max_num_seqs=rows, enable_prefix_caching=caching)
-    left = [plan for plan in asked if plan.fits(pages, slots, rows)]
+    left = [plan for plan in asked if plan.fits(pages, slots, rows, tokens)]
     leaders: list[tuple[Plan, Sequence]] = []
     step = 0
     while left or bench.live:

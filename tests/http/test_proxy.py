@@ -231,8 +231,6 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     (term(messages=[], prompt="x"), 400, "logit_arithmetic[1].messages"),
     (term(messages=[{"role": "user", "content": "x"}], prompt="x"), 400, "logit_arithmetic[1]"),
     ({**proxy(), "max_tokens": MAX_MODEL_LEN // 2}, 400, "proxy.expert"),
-    ({**proxy(), "prompt_logprobs": 1, "stream": False}, 400, "prompt_logprobs"),
-    ({"model": "p", "prompt_logprobs": 1, "stream": False}, 400, "prompt_logprobs"),
     ({"model": "x"}, 400, "model"),
     ({"model": "small"}, 400, "model"),
     ({**proxy(), "model": "x"}, 400, "model"),
@@ -263,10 +261,14 @@ async def test_numbers_that_are_none(value: str, served: Served) -> None:
         assert value == "1e999" or reply.json()["error"]["code"] in ("invalid_json", "invalid_value"), param
 
 
-async def test_echoed_log_probabilities_are_refused(served: Served) -> None:
-    body = {**BODIES["/v1/completions"], **proxy(), "echo": True, "max_tokens": 2}
-    assert (await served.post("/v1/completions", body)).status_code == 200
-    assert (await served.error("/v1/completions", {**body, "logprobs": 1}, 400))["param"] == "echo"
+async def test_log_probabilities_of_the_prompt_are_asked_of_the_engine(served: Served) -> None:
+    body = {**BODIES["/v1/completions"], **proxy(), "echo": True, "logprobs": 3, "max_tokens": 0}
+    reply = await served.post("/v1/completions", body)
+    prompt = served.client.requests[-1].prompt_token_ids
+    assert len(reply.json()["choices"][0]["logprobs"]["token_logprobs"]) == len(prompt)
+    assert served.client.requests[-1].params.prompt_logprobs == 3
+    await asked(served, "/v1/chat/completions", **proxy(), prompt_logprobs=1)
+    assert served.client.requests[-1].params.prompt_logprobs == 1
 
 
 @pytest.mark.parametrize(

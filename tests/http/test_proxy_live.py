@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tests.support.models import tiny_model
 from weft.server.config import EngineConfig
 from weft.server.http.app import create_app
 from weft.server.http.auth import Keyring
+from weft.server.http.render import LOWEST
 from weft.server.http.state import ServerState
 from weft.server.observability.logs import LogConfig
 from weft.server.observability.metrics import Metrics
@@ -34,7 +35,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")  # one engine for all
 
 TOLERANCE = 1e-3
 TOKENS = 10
+ROWS = 8
 PROMPT = "the quick brown"
+LONG = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 3
 PADDING = 24
 """Logits of the small model beyond the vocabulary."""
 PROXY = {"expert": {"model": "small", "adapter": "x"}, "anti_expert": {"model": "small"}}
@@ -60,6 +63,30 @@ class Whole:
         reply = await self.http.post("/v1/completions", json=asked | body)
         assert reply.status_code == 200, reply.text
         return reply.json()["choices"][0]
+
+    async def scored(self, **body: Any) -> Any:
+        """The ``logprobs`` of the prompt, echoed, as lm-eval asks for them: ids in, one token out."""
+        prompt = self.tokenizer.encode(LONG)
+        asked = {"model": "base", "prompt": [prompt], "temperature": 0, "max_tokens": 1, "seed": 1234}
+        reply = await self.http.post("/v1/completions", json={**asked, "logprobs": 1, "echo": True, **body})
+        assert reply.status_code == 200, reply.text
+        return reply.json()["choices"][0]["logprobs"]
+
+    def assert_scored(self, given: Any, weights: dict[str, float], top_p: float | None = None) -> None:
+        """Each token's log-probability, and whether it is the most likely one, is that of the models run alone."""
+        ids, width = self.tokenizer.encode(LONG), len(self.tokenizer.backend)
+        assert {len(values) for values in given.values()} == {len(ids) + 1}
+        scores = torch.stack([w * self.references[n].logits(ids)[:, :width] for n, w in weights.items()]).sum(0)
+        if top_p is not None:
+            probs, order = self.references["base"].logits(ids)[:, :width].softmax(-1).sort(descending=True)
+            outside = torch.zeros_like(scores).bool().scatter(1, order, probs.cumsum(-1) - probs > top_p)
+            scores = scores.masked_fill(outside, -torch.inf)
+        expected = scores.log_softmax(-1)
+        for position, token in enumerate(ids[1:], 1):
+            row, said = expected[position - 1], given["token_logprobs"][position]
+            assert abs(said - max(float(row[token]), LOWEST)) < TOLERANCE
+            assert (said == max(given["top_logprobs"][position].values())) == (token == int(row.argmax()))
+        assert given["token_logprobs"][0] is None
 
     def expected(self, weights: dict[str, float], prompts: dict[str, list[int]] | None = None) -> tuple[Any, Any]:
         """Greedy tokens of the weighed sum, and their log-probabilities, each model run alone without a cache."""
@@ -129,7 +156,13 @@ async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Whole
     references |= {id: PeftReference(base if id == "a" else small, folders[id]) for id in ("a", "x", "y")}
     references["xy"] = summed(small, folders["x"], folders["y"])
     config = EngineConfig(
-        str(base), device="cpu", dtype="float32", max_num_seqs=8, block_size=8, proxy_models=(("small", str(small)),)
+        str(base),
+        device="cpu",
+        dtype="float32",
+        max_num_seqs=ROWS,
+        max_num_batched_tokens=128,
+        block_size=8,
+        proxy_models=(("small", str(small)),),
     )
     client = EngineClient(config, logging=LogConfig("warning"))
     await client.start()
@@ -180,6 +213,85 @@ async def test_an_adapter_is_steered_beside_requests_that_are_not(whole: Whole) 
     whole.assert_same(steered, whole.expected({"a": 1.0, "x": 1.0, "small": -1.0}))
     whole.assert_same(plain, whole.expected({"a": 1.0}))
     whole.assert_same(own, whole.expected({"base": -1.0, "a": 2.0}))
+
+
+async def in_one_batch(whole: Whole, alphas: Sequence[float | None]) -> list[Any]:
+    """Requests with those weights (None: not steered) that begin in one step and so stay together."""
+
+    async def ask(alpha: float | None) -> Any:
+        proxy = {} if alpha is None else {"proxy": {**PROXY, "alpha": alpha, "base_top_p": None}}
+        return await whole.choice(**proxy, logprobs=3, prompt_logprobs=3)
+
+    terms = [{"weight": 1}, *({"weight": 0.1, "prompt": [5]} for _ in range(ROWS - 1))]
+    blocker = asyncio.create_task(whole.choice(logit_arithmetic=terms, max_tokens=400))  # it takes all rows
+    async with asyncio.timeout(60):
+        while (await whole.client.refresh_stats()).running != 1:
+            await asyncio.sleep(0.01)
+        asked = [asyncio.create_task(ask(alphas[0]))]
+        for alpha in (*alphas[1:], None):  # one after the other, so that they are served in this order
+            while (await whole.client.refresh_stats()).waiting != len(asked):
+                await asyncio.sleep(0.01)
+            if len(asked) < len(alphas):
+                asked.append(asyncio.create_task(ask(alpha)))
+    assert not blocker.done()
+    blocker.cancel()
+    return [await each for each in asked]
+
+
+async def test_weights_of_zero_are_the_base_bit_for_bit_in_a_mixed_batch(whole: Whole) -> None:
+    """Equal floats, not close ones, of the output and of the prompt, beside requests that are steered.
+
+    A product's last bits may depend on where in its batch a row is, so what is compared is at one place of equal
+    batches: requests of weight 0 and requests that are not steered change places.
+    """
+    first = await in_one_batch(whole, (0.0, None, 0.5, 1.0, 2.0, 0.0, None))
+    second = await in_one_batch(whole, (None, 0.0, 0.5, 1.0, 2.0, None, 0.0))
+    assert first == second
+    for steered in first[2:5]:
+        assert steered["prompt_logprobs"] != first[1]["prompt_logprobs"]
+        assert steered["logprobs"]["token_logprobs"] != first[1]["logprobs"]["token_logprobs"]
+
+
+async def test_the_evaluation_harness_scores_what_is_steered(whole: Whole) -> None:
+    """Prompts of several steps, of all kinds in the same batches, the streams of a request in step."""
+
+    def proxy(alpha: float, top_p: float | None = None) -> dict[str, Any]:
+        return {"proxy": {**PROXY, "alpha": alpha, "base_top_p": top_p}}
+
+    sums: list[tuple[dict[str, Any], dict[str, float], float | None]] = [
+        (proxy(alpha, top_p), {"base": 1.0, "x": alpha, "small": -alpha}, top_p)
+        for alpha in (0.0, 0.5, 1.0, 2.0)
+        for top_p in (None, 0.9)
+    ]
+    sums.append((proxy(1.0) | {"model": "a"}, {"a": 1.0, "x": 1.0, "small": -1.0}, None))
+    terms = [{"weight": 0.5}, {"adapters": [{"id": "a", "weight": 1}], "weight": 0.7}, {"model": "small", "weight": 1}]
+    sums.append(({"logit_arithmetic": terms}, {"base": 0.5, "a": 0.7, "small": 1.0}, None))
+    sums.append(({"model": "a"}, {"a": 1.0}, None))
+    plain = asyncio.gather(*(whole.choice(proxy=PROXY) for _ in range(3)))
+    given = await asyncio.gather(*(whole.scored(**fields) for fields, _, _ in sums))
+    for answer, (_, weights, top_p) in zip(given, sums, strict=True):
+        whole.assert_scored(answer, weights, top_p)
+    for choice in await plain:
+        whole.assert_same(choice, whole.expected({"base": 1.0, "x": 1.0, "small": -1.0}))
+    short = await whole.scored(**proxy(1.0), max_tokens=0)
+    assert short["token_logprobs"] == pytest.approx(given[4]["token_logprobs"][:-1], abs=TOLERANCE)
+
+
+async def test_terms_on_other_prompts_have_no_scores_of_the_prompt(whole: Whole) -> None:
+    terms = [{"weight": 2}, {"weight": -0.5, "prompt": "a dog"}]
+    for fields, param in (
+        ({"prompt_logprobs": 0}, "logit_arithmetic[1]"),
+        ({"echo": True, "logprobs": 1}, "logit_arithmetic[1]"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "logit_arithmetic[1]"),
+    ):
+        body = {"model": "base", "prompt": PROMPT, "logit_arithmetic": terms, **fields}
+        reply = await whole.http.post("/v1/completions", json=body)
+        error = reply.json()["error"]
+        assert reply.status_code == 400 and error["param"] == param, reply.text
+        assert param in error["message"] and "of other tokens" in error["message"] and "echo" in error["message"]
+    terms[1]["prompt"] = PROMPT  # the same tokens
+    choice = await whole.choice(logit_arithmetic=terms, prompt_logprobs=0)
+    assert len(choice["prompt_logprobs"]) == len(whole.tokenizer.encode(PROMPT))
 
 
 async def test_a_term_on_another_prompt(whole: Whole) -> None:
