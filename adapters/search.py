@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 OPTIMIZERS: Final = ("NGOpt", "Shiwa", "CMA")
-ONE_BY_ONE: Final = frozenset({"NGOpt"})
-"""Asked for several candidates, NGOpt turns to a surrogate model, which nevergrad 1.0 cannot run with numpy 2.4."""
 BOUND: Final = 1.5
 NOISY: Final = r"(nevergrad|cma|scipy|bayes_opt|sklearn)\b"
 """Modules whose warnings are of no use to who searches."""
@@ -37,7 +35,8 @@ class SearchSettings:
         seed: of the optimizer's random numbers.
         l1: what the mean size of the weights counts beside the loss.
         round_size: candidates that are asked for together, to be scored together. 1 is the reference's search; more
-            make Shiwa take evolution strategies (CMA), which need a larger budget but fewer rounds.
+            make NGOpt and Shiwa take evolution strategies (CMA), NGOpt's with a surrogate model of the losses, which
+            need a larger budget but fewer rounds.
     """
 
     budget: int = 40
@@ -50,8 +49,6 @@ class SearchSettings:
         """What is wrong, as the field and a sentence; None: nothing."""
         if self.optimizer not in OPTIMIZERS:
             return "optimizer", f"'optimizer' must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
-        if self.round_size > 1 and self.optimizer in ONE_BY_ONE:
-            return "round_size", f"{self.optimizer} scores one after the other; for rounds of several take Shiwa or CMA"
         return None
 
 
@@ -144,13 +141,25 @@ def _made(count: int, settings: SearchSettings) -> Any:
     try:
         import nevergrad
         import numpy
+        from nevergrad.optimization import metamodel
     except ImportError as error:
         raise SearchError(f"the search for weights needs nevergrad: pip install 'weft[fit]' ({error})") from None
+    _mend(metamodel)
     space = nevergrad.p.Array(init=[0.0] * count, lower=[-BOUND] * count, upper=[BOUND] * count)
     seed = numpy.random.RandomState(settings.seed).randint(2**32, dtype=numpy.uint32)
     space.random_state = numpy.random.RandomState(seed)
     kind = nevergrad.optimizers.registry[settings.optimizer]
     return kind(parametrization=space, budget=settings.budget, num_workers=settings.round_size)
+
+
+def _mend(metamodel: Any) -> None:
+    """Let NGOpt's surrogate model, which it takes in rounds, run with numpy 2.4.
+
+    nevergrad 1.0.12, its newest, has ``float(model.predict(...))`` in this module, of an array of one element, which
+    numpy took for a number up to 2.3 and refuses since. This is the one use of ``float`` in that module; its own takes
+    the element out, as numpy did: the weights are those that nevergrad finds with numpy 2.3, which a test has.
+    """
+    metamodel.float = lambda prediction: float(prediction.item())
 
 
 def _weights(value: Sequence[float]) -> Weights:

@@ -143,7 +143,7 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of the optimizer.")] = 42,
     optimizer: Annotated[str, typer.Option(help="Of nevergrad: NGOpt, Shiwa or CMA.")] = "NGOpt",
     l1: Annotated[float, typer.Option(help="What the mean size of the weights counts beside the loss.")] = 0.05,
-    round_size: Annotated[int, typer.Option(help="Weightings scored together; above 1: Shiwa or CMA.")] = 1,
+    round_size: Annotated[int, typer.Option(help="Weightings scored together.")] = 1,
     combination: Combination = "lorahub",
     description: Description = None,
     url: Url = None,

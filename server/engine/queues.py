@@ -9,7 +9,9 @@ from itertools import islice
 from weft.server.engine.sequence import Sequence
 
 LOOK_AHEAD = 8
-"""Requests at the beginning of a queue of compositions that are looked at in one step."""
+"""Compositions at the beginning of a queue of them that are looked at in one step."""
+LOOK_AT = 256
+"""Requests among which they are looked for: a search for weights asks many of each, one after the other."""
 
 
 class FairQueues:
@@ -82,12 +84,12 @@ class FairQueues:
 def _heads(queue: deque[Sequence]) -> Iterator[Sequence]:
     """The first request of a queue, or of each of the compositions that it begins with."""
     seen = set()
-    for seq in islice(queue, LOOK_AHEAD):
+    for seq in islice(queue, LOOK_AT):
         if seq.adapter not in seen:
             yield seq
-        if seq.request.composition is None:
-            return
         seen.add(seq.adapter)
+        if seq.request.composition is None or len(seen) == LOOK_AHEAD:
+            return
 
 
 def _order(seq: Sequence) -> tuple[int, int]:

@@ -55,9 +55,7 @@ class FitBody(Body):
     seed: int = Field(42, ge=0, lt=2**32)
     optimizer: str = Field("NGOpt", max_length=32, description="Of nevergrad: NGOpt, Shiwa or CMA.")
     l1: float = Field(0.05, ge=0, le=1000, description="Times the mean size of the weights, beside the loss.")
-    round_size: int = Field(
-        1, ge=1, le=MAX_ROUND, description="Weightings scored together; more than 1 with Shiwa or CMA alone."
-    )
+    round_size: int = Field(1, ge=1, le=MAX_ROUND, description="Weightings scored together, in one mixed batch.")
 
     @model_validator(mode="after")
     def _check(self) -> FitBody:

@@ -60,7 +60,7 @@ def test_the_defaults_are_the_reference() -> None:
     assert penalty((1.0, -0.5), settings.l1) == pytest.approx(0.05 * 0.75)
 
 
-@pytest.mark.parametrize("optimizer", ["Shiwa", "CMA"])
+@pytest.mark.parametrize("optimizer", search.OPTIMIZERS)
 def test_rounds_are_asked_for_together_and_repeat(optimizer: str) -> None:
     settings = SearchSettings(optimizer=optimizer, budget=30, round_size=8)
     sizes = []
@@ -77,18 +77,34 @@ def test_rounds_are_asked_for_together_and_repeat(optimizer: str) -> None:
     assert find_weights(3, losses, SearchSettings(optimizer=optimizer, budget=30, round_size=8, seed=1))[1] != trials
 
 
-@pytest.mark.parametrize(
-    ("settings", "field"),
-    [
-        (SearchSettings(optimizer="Adam"), "optimizer"),
-        (SearchSettings(optimizer="NGOpt", round_size=4), "round_size"),
-    ],
-)
-def test_settings_that_cannot_be(settings: SearchSettings, field: str) -> None:
+def test_settings_that_cannot_be() -> None:
+    settings = SearchSettings(optimizer="Adam")
     problem = settings.problem()
-    assert problem is not None and problem[0] == field
+    assert problem is not None and problem[0] == "optimizer"
     with pytest.raises(SearchError, match=r"."):
         WeightSearch(2, settings)
+
+
+WITH_NUMPY_2_3 = {
+    (1, 2, 30): (0.8749999999999984,),
+    (2, 4, 40): (0.5651816896133994, 0.2913575743253374),
+    (3, 8, 40): (0.8598614386219949, 0.35287772789026906, 0.10638117803372674),
+    (2, 8, 64): (0.8875000000000521, 0.43750000146017853),
+    (5, 4, 60): (0.8854659272099954, 0.4172211533821656, 0.28820949514293936, 0.2109536651720045, 0.19309926339428038),
+}
+"""What NGOpt recommends by count of weights, size of rounds and budget.
+
+Printed by ``print(find_weights(count, losses, SearchSettings(round_size=..., budget=...))[0])`` with numpy 2.3.5,
+nevergrad 1.0.12 and scikit-learn 1.9.1, with which ``_mend`` changes nothing and was left out.
+"""
+
+
+@pytest.mark.parametrize("case", WITH_NUMPY_2_3)
+def test_the_surrogate_of_ngopt_is_what_it_was_before_numpy_2_4(case: tuple[int, int, int]) -> None:
+    count, round_size, budget = case
+    settings = SearchSettings(round_size=round_size, budget=budget)
+    weights, trials = find_weights(count, losses, settings)
+    assert weights == pytest.approx(WITH_NUMPY_2_3[case], abs=1e-6) and len(trials) == budget
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -104,11 +120,12 @@ def test_a_loss_that_is_no_number_is_the_worst(bad: float) -> None:
 
 def test_no_thread_outlives_a_search() -> None:
     before = threading.active_count()
-    for end in (3, 40):
-        running = WeightSearch(2, SearchSettings())
-        for _ in range(end):
-            running.tell(losses(running.ask()))
-        running.close()
+    for settings in (SearchSettings(), SearchSettings(round_size=4)):
+        for end in (3, settings.budget // settings.round_size):
+            running = WeightSearch(2, settings)
+            for _ in range(end):
+                running.tell(losses(running.ask()))
+            running.close()
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and "Messaging" in type(thread).__name__:
             thread.join(5)

@@ -36,6 +36,7 @@ from weft.server.config import EngineConfig
 from weft.server.engine.engine import Engine
 from weft.server.engine.request import COMPOSED, EngineRequest, SamplingParams, TokenDelta
 from weft.server.errors import InvalidRequest, NotFound
+from weft.server.fitting import PRIORITY
 from weft.server.llm import LLM
 
 LINEARS = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -311,6 +312,56 @@ def test_a_thousand_weightings_run_through_few_slots(world: World) -> None:
     assert stats.compositions >= 1000 and stats.slots_used <= 8 and most <= 5 + 8
     assert set(stats.adapters) == {COMPOSED}
     for stream in streams[::100]:
+        assert_alone(stream, world.oracle(stream))
+
+
+def scoring(driver: Driver, weightings: int, examples: int) -> list[Stream]:
+    """What a search for weights asks for in one round, weighting by weighting."""
+    rng = random.Random(7)
+    prompts = [random_prompt(rng, 20, 24) for _ in range(examples)]
+    streams = []
+    for _ in range(weightings):
+        composed = hub(hub_0=rng.uniform(-1, 1), hub_1=rng.uniform(-1, 1))
+        for prompt in prompts:
+            params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+            request = EngineRequest(
+                f"r{len(driver.streams)}", prompt, params, None, COMPOSED, priority=PRIORITY, composition=composed
+            )
+            driver.engine.add(request)
+            streams.append(driver.streams.setdefault(request.request_id, Stream(request)))
+    return streams
+
+
+def test_a_round_of_weightings_is_scored_in_one_batch(world: World) -> None:
+    driver = world.driver("hub-0", "hub-1", max_num_seqs=128)
+    streams = scoring(driver, weightings=8, examples=12)
+    driver.engine.step()  # all of them get under way
+    while not driver.engine.settled:
+        driver.engine.wait(0.02)
+        driver.engine.poll()
+    driver.run()
+    assert driver.engine.stats().max_step_adapters == 8
+    assert all(stream.prompt_logprobs for stream in streams)
+
+
+def test_who_waits_is_served_before_those_that_score(world: World) -> None:
+    driver = world.driver("hub-0", "hub-1", "hub-2", max_num_seqs=8, max_adapters=4, max_num_batched_tokens=64)
+    streams = scoring(driver, weightings=30, examples=6)
+    for _ in range(10):
+        driver.step()
+    plain = driver.add([5, 6, 7], None, max_tokens=3)
+    for _ in range(5):  # a row is free after the step that is under way, and it decodes in every step from then on
+        driver.step()
+    assert len(plain.tokens) == 3
+    before = sum(stream.last is not None for stream in streams)
+    tuned = [driver.add([5, 6, 7], name, max_tokens=3) for name in ("hub-1", "hub-2")]
+    composed = add(driver, [5, 6, 7], linear(hub_0=0.4, hub_2=0.3), max_tokens=3)
+    while not all(stream.last for stream in (*tuned, composed)):
+        driver.step()
+    after = sum(stream.last is not None for stream in streams)
+    assert before < 60 and after < 150, "they do not wait for the round to end"
+    driver.run()
+    for stream in (plain, *tuned, composed):
         assert_alone(stream, world.oracle(stream))
 
 
