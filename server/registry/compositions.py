@@ -17,6 +17,7 @@ import msgspec
 
 from weft.adapters.composition import Combination
 from weft.server.errors import InvalidRequest, NotFound
+from weft.server.registry.aliases import Aliases
 from weft.server.registry.named import Named
 from weft.server.registry.registry import AdapterRegistry
 
@@ -167,7 +168,7 @@ class Compositions(Named[NamedComposition]):
         for index, member in enumerate(members):
             id, param = member.id, field.format(index)
             kind = self.registry.names.kind_of(id)
-            if kind not in (None, self.registry.kind):
+            if kind not in (None, Aliases.kind):
                 rest = "; name its members" if kind == self.kind else ", and adapters are what is composed"
                 raise InvalidRequest(f"'{param}': {id!r} is a {kind} itself{rest}", param=param)
             try:
