@@ -72,7 +72,9 @@ def _fused(queries: Tensor, keys: Tensor, values: Tensor, bucket: Bucket, scale:
             folded, keys.transpose(1, 2), values.transpose(1, 2), bucket.mask, scale=scale
         )
         return result.reshape(-1, 1, heads, values.shape[3])
-    keys, values = (t.transpose(1, 2).repeat_interleave(heads // kv_heads, dim=1) for t in (keys, values))
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if kv_heads < heads:
+        keys, values = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (keys, values))
     result = F.scaled_dot_product_attention(
         queries.transpose(1, 2), keys, values, bucket.mask, is_causal=bucket.causal, scale=scale
     )
