@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weft.server.engine.request import EngineRequest, SamplingParams
-from weft.server.engine.sampler import Sample, Sampler, uniform
+from weft.server.engine.sampler import Sample, Sampler, most_likely, uniform
 from weft.server.engine.sequence import Sequence
 
 VOCAB = 32
@@ -142,3 +142,14 @@ def test_what_is_not_a_number_is_no_token() -> None:
     tokens = [s.token for s in sample(logits, seqs)]
     assert tokens[0] is not None
     assert tokens[1:] == [None, None]
+
+
+@pytest.mark.parametrize("vocab", [1, 127, 128, 255, 256, 300, 1000])
+def test_the_most_likely_token_is_the_first_of_equals(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    # Few distinct values, so that many are equal; the largest one last of all and first of all; no token possible.
+    logits = torch.randint(0, 5, (40, vocab), generator=generator).float()
+    logits[0, -1] = logits[1, 0] = 9.0
+    logits[2] = -math.inf
+    expected = [max(range(vocab), key=lambda at, row=row: (row[at], -at)) for row in logits.tolist()]
+    assert most_likely(logits).tolist() == expected
