@@ -24,6 +24,7 @@ from weft.adapters.slots import SlotPool
 from weft.server.config import ConfigError, EngineConfig
 from weft.server.engine import attention, loading, selfcheck
 from weft.server.engine.graphs import GraphRunner, capture_for
+from weft.server.engine.host_memory import keep_freed_memory
 from weft.server.engine.kv_cache import KVCache, bytes_per_block, count_blocks
 from weft.server.engine.model import ModelRunner
 from weft.server.engine.side import SideNetworks
@@ -98,6 +99,8 @@ def load(config: EngineConfig, arrived: threading.Event, progress: Progress) -> 
     Raises:
         ConfigError: a model or a setting cannot be honoured.
     """
+    if loading.resolve_device(config.device).type == "cpu":
+        keep_freed_memory()
     weights = [_checked(config, partial(_read, config, None, progress))]
     for name, path in config.proxy_models:
         # What fits the main model need not fit this one: its own limit counts, up to the main one's.
