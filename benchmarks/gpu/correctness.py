@@ -84,9 +84,10 @@ def error_of(case: Case, device: torch.device) -> float:
     """
     wide = moved(case.wide if case.wide is not None else widened(case.args), device)
     args, options = moved(case.args, device), moved(dict(case.options), device)
+    wide_options = widened(options)
     before = [args[index].clone() for index, _ in case.written]
     with in_double():
-        expected = case.reference(*wide, **widened(options))
+        expected = case.reference(*wide, **wide_options)
     with _poisoned(device):
         actual = case.launch(*args, **options)
     if not case.written:

@@ -37,9 +37,11 @@ def in_double() -> Iterator[None]:
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with every tensor changed: those in tuples, lists and frozen dataclasses as well."""
+    """``value`` with every tensor changed: those in dicts, tuples, lists and frozen dataclasses as well."""
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, dict):
+        return {name: mapped(each, change) for name, each in value.items()}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return type(value)(mapped(each, change) for each in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -84,11 +84,11 @@ def save_adapters(base: Path, folder: Path, names: list[str]) -> tuple[dict[str,
     for name in names:
         try:
             config = ADAPTERS[name]()
-        except AttributeError:
-            absent.append(name)
+            config.task_type = "CAUSAL_LM"
+            adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
+            absent.append(f"{name}: {error}")
             continue
-        config.task_type = "CAUSAL_LM"
-        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
         with torch.no_grad():
             for parameter in adapted.parameters():
                 if parameter.requires_grad:

@@ -69,7 +69,7 @@ def ladder(most: int) -> list[int]:
     where it is not small."""
     sizes, step = [1, 2, 4, 8], 8
     while sizes[-1] < most:
-        if sizes[-1] >= 8 * step:
+        if sizes[-1] >= 16 * step:
             step *= 2
         sizes.append(sizes[-1] + step)
     return sorted({size for size in sizes if size < most} | {most})
