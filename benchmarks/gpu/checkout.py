@@ -16,8 +16,11 @@ def make_importable(root: Path = ROOT) -> None:
     What setup.py tells the installer, told to this process alone. The root itself never gets on ``sys.path``:
     transformers and peft would take the folders ``kernels`` and ``adapters`` for other projects' packages.
     """
-    if "weft" in sys.modules or importlib.util.find_spec("weft") is not None:
-        return
+    try:
+        if importlib.util.find_spec("weft.kernels") is not None:
+            return
+    except ModuleNotFoundError:
+        pass  # there is no weft at all
     package = types.ModuleType("weft")
     package.__path__ = [str(root)]
     sys.modules["weft"] = package
