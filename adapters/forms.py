@@ -25,10 +25,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from weft.adapters.bottlenecks import Bottleneck, Fusion
 from weft.adapters.choices import Choice
 from weft.adapters.parts import (
-    Bottleneck,
-    Fusion,
     GatedLowRank,
     GatedPrefix,
     JointPrefix,

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from weft.adapters.base import Base
+from weft.adapters.bottlenecks import FusionShape
 from weft.adapters.forms import CompiledAdapter
-from weft.adapters.parts import FusionShape, Part
+from weft.adapters.parts import Part
 from weft.adapters.side import SideShape
 from weft.kernels.activations import Activation
 from weft.kernels.grouped_bottleneck import Input

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from weft.adapters.parts import Bottleneck, LowRank, Part
+from weft.adapters.bottlenecks import Bottleneck
+from weft.adapters.parts import LowRank, Part
 
 GATE = {
     Part.DOWN: Part.GATE_DOWN,

@@ -1,9 +1,4 @@
-"""Device memory for adapters: slots whose tensors lie as rows in pools, one pool for each width.
-
-A low-rank factor is as many rows as its rank, a gain or a bias one row. All sites of one width share a pool, so an
-adapter takes what its own tensors need: rank 8 beside rank 128 costs rank 8, and a site an adapter does not touch costs
-nothing (S-LoRA's unified paging with pages of one row, by width).
-"""
+"""Slots for adapters on the device, and the tables in which kernels find the rows of each."""
 
 from __future__ import annotations
 
@@ -15,29 +10,17 @@ from contextlib import contextmanager
 import torch
 
 from weft.adapters.base import Base
+from weft.adapters.bottlenecks import Fusion
 from weft.adapters.errors import AdapterTooLarge
 from weft.adapters.forms import CompiledAdapter
-from weft.adapters.free_rows import FreeRows
-from weft.adapters.layout import Kind, Layout, Place, Placement, capacity_of
-from weft.adapters.parts import Fusion, Part
+from weft.adapters.layout import Kind, Layout, Place, Placement
+from weft.adapters.parts import Part
+from weft.adapters.row_memory import RowMemory
 from weft.adapters.side import SideShape
 from weft.kernels.grouped_bottleneck import Bottlenecks
 from weft.kernels.slot_rows import SlotRows
 
 NO_PARTS: frozenset[Part] = frozenset()
-
-
-class _Pool:
-    """Rows of one width: ``[num_rows, width]`` and which of them are free."""
-
-    def __init__(self, width: int, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows = torch.empty(num_rows, width, dtype=dtype, device=device)
-        self.free = FreeRows(num_rows)
-
-    def write(self, where: list[int], rows: torch.Tensor) -> None:
-        """Copy ``rows`` ``[len(where), width]`` to their places."""
-        index = torch.tensor(where).to(self.rows.device, non_blocking=True)
-        self.rows.index_copy_(0, index, rows.to(self.rows, non_blocking=True))
 
 
 class SlotPool:
@@ -47,8 +30,7 @@ class SlotPool:
     thread, because it writes only to rows that no published table names.
 
     Args:
-        memory: bytes for rows, split between the widths as low-rank updates of every linear would use them; where the
-            base has experts, half of it as updates of all of them would.
+        memory: bytes for rows; see ``RowMemory``.
 
     Raises:
         ValueError: ``memory`` does not hold one rank for every site.
@@ -59,9 +41,7 @@ class SlotPool:
         self.dtype = dtype
         self.device = device
         self._base = base
-        self.capacity = capacity_of(base, memory, dtype)
-        self._pools = {width: _Pool(width, count, dtype, device) for width, count in self.capacity.items()}
-        self.nbytes_total = self._nbytes(Counter(self.capacity))
+        self._memory = RowMemory(base, memory, dtype, device)
         self._tables: dict[Place, SlotRows] = {}
         self._parts: dict[str, set[Part]] = {}
         self._ids: dict[tuple[str, int], torch.Tensor] = {}
@@ -82,8 +62,12 @@ class SlotPool:
         return len(self._free_slots)
 
     @property
+    def nbytes_total(self) -> int:
+        return self._memory.nbytes_total
+
+    @property
     def nbytes_used(self) -> int:
-        return self._nbytes(Counter({w: self.capacity[w] - len(pool.free) for w, pool in self._pools.items()}))
+        return self._memory.nbytes_used
 
     def check_fits(self, layout: Layout, beside: Iterable[Layout] = ()) -> None:
         """Whether the adapter fits when there are no others but those ``beside`` it, which never leave.
@@ -91,40 +75,31 @@ class SlotPool:
         Raises:
             AdapterTooLarge: saying what it would take.
         """
-        need = self._need(layout)
-        taken, slots = Counter[int](), 1
-        for other in beside:
-            taken.update(self._need(other))
-            slots += 1
-        if slots > self.num_slots:
+        need, others = self._memory.need(layout), [self._memory.need(other) for other in beside]
+        taken = sum(others, Counter[int]())
+        if len(others) >= self.num_slots:
             raise AdapterTooLarge(
-                f"{slots - 1} pinned adapters take all {self.num_slots} slots; unpin one or raise --max-adapters",
+                f"{len(others)} pinned adapters take all {self.num_slots} slots; unpin one or raise --max-adapters",
                 param="max_adapters",
             )
-        if any(taken[w] + n > self.capacity[w] for w, n in need.items()):
-            rest = f", {self._nbytes(taken)} of them taken by pinned adapters" if taken else ""
+        if not self._memory.holds({width: taken[width] + count for width, count in need.items()}):
+            rest = f", {self._memory.nbytes(taken)} of them taken by pinned adapters" if taken else ""
             raise AdapterTooLarge(
-                f"the adapter needs {self._nbytes(need)} bytes of adapter memory, of {self.nbytes_total} there are"
-                f"{rest}; raise --adapter-memory",
+                f"the adapter needs {self._memory.nbytes(need)} bytes of adapter memory, of {self.nbytes_total} there "
+                f"are{rest}; raise --adapter-memory",
                 param="adapter_memory",
             )
 
     def fit(self, layouts: Iterable[Layout]) -> bool:
         """Whether all these fit at once when there are no others."""
-        taken, slots = Counter[int](), 0
-        for layout in layouts:
-            taken.update(self._need(layout))
-            slots += 1
-        return slots <= self.num_slots and all(count <= self.capacity[w] for w, count in taken.items())
+        needs = [self._memory.need(layout) for layout in layouts]
+        return len(needs) <= self.num_slots and self._memory.holds(sum(needs, Counter[int]()))
 
     def reserve(self, layout: Layout) -> Placement | None:
         """A slot and rows for an adapter, or None when there is no room now."""
-        if not self._free_slots:
+        rows = self._memory.take(layout) if self._free_slots else None
+        if rows is None:
             return None
-        need = self._need(layout)
-        if any(n > len(self._pools[w].free) for w, n in need.items()):
-            return None
-        rows = {place: self._pools[self._width(place)].free.take(count) for place, count in layout.rows.items()}
         placement = Placement(self._free_slots.pop(), layout, rows)
         self._placed[placement.slot] = placement
         return placement
@@ -139,7 +114,7 @@ class SlotPool:
         with self.writing():
             for place, rows in parts:
                 if len(rows):
-                    self._pools[self._width(place)].write(placement.rows[place], rows)
+                    self._memory.write(place, placement.rows[place], rows)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -153,7 +128,7 @@ class SlotPool:
 
     def storage(self, place: Place) -> torch.Tensor:
         """All rows of the pool that those of a place are in."""
-        return self._pools[self._width(place)].rows
+        return self._memory.storage(place)
 
     def experts(self, path: str) -> int:
         """How many experts there are at a path; 1 where there are none."""
@@ -184,13 +159,10 @@ class SlotPool:
         """Give back a slot and its rows, published or not."""
         slot = placement.slot
         self.generations[slot] += 1
-        given_back: dict[int, list[int]] = {}
-        for place, rows in placement.rows.items():
-            given_back.setdefault(self._width(place), []).extend(rows)
+        for place in placement.rows:
             if place in self._tables:
                 self._set(place, slot, [])
-        for width, rows in given_back.items():
-            self._pools[width].free.give_back(rows)
+        self._memory.give_back(placement.rows)
         for path in placement.layout.ids:
             self._ids.pop((path, slot), None)
         for path in placement.layout.kinds:
@@ -245,7 +217,7 @@ class SlotPool:
         for slot in slots if self._networks else ():
             if slot in self._networks:
                 shape, where = self._networks[slot]
-                rows = self._pools[self._base.hidden_size].rows
+                rows = self._memory.of_width(self._base.hidden_size)
                 yield slot, shape, rows[where] if isinstance(where, slice) else rows.index_select(0, where)
 
     def _set_kind(self, path: str, slot: int, kind: Kind | None) -> None:
@@ -287,31 +259,9 @@ class SlotPool:
         own = slice(slot * entries, (slot + 1) * entries)
         table[own, :count] = torch.tensor(rows, dtype=torch.int32).view(entries, count).to(self.device)
         device_counts[own] = count
-        pool = self._pools[self._width(place)].rows
+        pool = self._memory.storage(place)
         self._parts.setdefault(place[0], set()).add(place[1])
         self._tables[place] = SlotRows(pool, table, device_counts, tuple(counts), experts)
-
-    def _width(self, place: Place) -> int:
-        path, part = place
-        if self._base.is_layer(path):
-            return self._base.hidden_size
-        site = self._base.module(path)
-        assert site is not None, f"{path} is not a module of the base that adapters attach to"
-        if part in (Part.KEYS, Part.VALUES_IN, Part.VALUES_OUT, Part.VALUES_JOINT):
-            return self._base.kv_heads * self._base.head_dim
-        if site.kind == "embedding" and part in (Part.ROWS, Part.ROTATE_IN):  # of the vectors it gives out
-            return site.out_features
-        return site.in_features if part.of_input or part is Part.ROWS else site.out_features
-
-    def _need(self, layout: Layout) -> Counter[int]:
-        """Rows by width."""
-        need = Counter[int]()
-        for place, count in layout.rows.items():
-            need[self._width(place)] += count
-        return need
-
-    def _nbytes(self, rows: Counter[int]) -> int:
-        return sum(width * count for width, count in rows.items()) * self.dtype.itemsize
 
     def check_integrity(self) -> None:
         """Every row is free or placed, once.
@@ -319,11 +269,6 @@ class SlotPool:
         Raises:
             AssertionError: a row is lost or held twice.
         """
-        taken: dict[int, list[int]] = {width: [] for width in self._pools}
-        for placement in self._placed.values():
-            for place, rows in placement.rows.items():
-                taken[self._width(place)] += rows
-        for width, rows in taken.items():
-            self._pools[width].free.check_tiles(rows)
+        self._memory.check_integrity(placement.rows for placement in self._placed.values())
         slots = sorted([*self._placed, *self._free_slots])
         assert slots == list(range(self.num_slots)), "slots are lost or held twice"

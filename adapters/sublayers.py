@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from weft.adapters.parts import Bottleneck, Fusion, Part
+from weft.adapters.bottlenecks import Bottleneck, Fusion
+from weft.adapters.parts import Part
 from weft.adapters.slots import SlotPool
 from weft.kernels.activations import activate
 from weft.kernels.grouped_bottleneck import Bottlenecks, Input, grouped_bottleneck

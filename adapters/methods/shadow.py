@@ -12,13 +12,14 @@ import torch
 
 from weft.adapters.backbone import Backbone, Stack
 from weft.adapters.base import Base
+from weft.adapters.bottlenecks import Bottleneck
 from weft.adapters.checkpoint import Checkpoint
 from weft.adapters.config_fields import ConfigFields, FieldTable, show
 from weft.adapters.errors import AdapterMismatch, AdapterUnsupported
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods.common import COMMON_FIELDS, PREFIX, check_memory, check_task
 from weft.adapters.methods.targets import TARGET_FIELDS, targeted_paths
-from weft.adapters.parts import Bottleneck, LowRank
+from weft.adapters.parts import LowRank
 from weft.adapters.side import SideLayer, SideNetwork, SideSizes
 from weft.kernels.activations import Activation
 from weft.kernels.grouped_bottleneck import Input

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from weft.adapters.base import Base, Site, Sublayer
+from weft.adapters.bottlenecks import Bottleneck, Fusion
 from weft.adapters.errors import AdapterTooLarge
 from weft.adapters.forms import CompiledAdapter, SiteForms
 from weft.adapters.layout import Layout, Placement
-from weft.adapters.parts import Bottleneck, Fusion, GatedPrefix, LowRank, Part, RoutedLowRank, Sparse, Turn
+from weft.adapters.parts import GatedPrefix, LowRank, Part, RoutedLowRank, Sparse, Turn
 from weft.adapters.side import SideNetwork, SideSizes
 from weft.adapters.slots import SlotPool
 from weft.kernels.activations import Activation

@@ -14,8 +14,9 @@ from torch import nn
 from torch.func import functional_call
 
 from weft.adapters.backbone import Backbone
+from weft.adapters.bottlenecks import Bottleneck
 from weft.adapters.forms import CompiledAdapter, SiteForms
-from weft.adapters.parts import Bottleneck, GatedLowRank, GatedPrefix, RoutedLowRank
+from weft.adapters.parts import GatedLowRank, GatedPrefix, RoutedLowRank
 from weft.adapters.side import SideNetwork
 from weft.kernels.activations import activate
 from weft.kernels.mean_gates import Link

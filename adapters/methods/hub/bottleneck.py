@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 
 from weft.adapters.base import SUBLAYERS, Sublayer
+from weft.adapters.bottlenecks import Bottleneck
 from weft.adapters.config_fields import FieldTable, Neutral, as_number, show
 from weft.adapters.errors import AdapterFormatError, AdapterUnsupported
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods.hub.compacter import Products
 from weft.adapters.methods.hub.saved import Saved
-from weft.adapters.parts import Bottleneck
 from weft.kernels.grouped_bottleneck import Input
 
 MAX_UNITS = 1 << 20

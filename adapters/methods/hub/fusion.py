@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from weft.adapters.base import Base
+from weft.adapters.bottlenecks import Bottleneck, Fusion
 from weft.adapters.checkpoint import open_checkpoint, read_checkpoint
 from weft.adapters.config_fields import FieldTable, Neutral, parse_config, show
 from weft.adapters.errors import AdapterFormatError, AdapterMismatch, AdapterUnsupported
@@ -18,7 +19,6 @@ from weft.adapters.files import CONFIG, FUSION_CONFIG, FUSION_WEIGHTS, SETUP, op
 from weft.adapters.forms import SiteForms
 from weft.adapters.methods.hub.bottleneck import compile_bottlenecks
 from weft.adapters.methods.hub.saved import ENVELOPE, Saved, read_envelope
-from weft.adapters.parts import Bottleneck, Fusion
 from weft.kernels.grouped_bottleneck import Input
 
 SETUP_FIELDS = FieldTable(
