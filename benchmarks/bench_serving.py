@@ -10,12 +10,13 @@ scaled down to the demo. Equal seeds give equal requests.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -76,13 +77,14 @@ def run_all(mode: str, target: Target, workloads: dict[str, Workload]) -> dict[s
 
 
 @contextmanager
-def demo_server(*arguments: str) -> Iterator[str]:
-    """A `weft serve` of the demo on a free port, in a process of its own; its URL."""
+def demo_server(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """A `weft serve` of the demo, or of what ``arguments`` name, on a free port in a process of its own; its URL."""
+    variables = {**os.environ, **(environment or {})}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-P", "-m", "weft.server.cli", "serve", "--port", "0", "--state-dir", folder]
         log = Path(folder) / "stdout"
         with log.open("w") as out:
-            process = subprocess.Popen([*command, "--log-level", "warning", *arguments], stdout=out)
+            process = subprocess.Popen([*command, "--log-level", "warning", *arguments], stdout=out, env=variables)
         try:
             yield _url(process, log)
         finally:
