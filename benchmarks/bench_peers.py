@@ -1,6 +1,6 @@
 """weft beside its peers on a CPU: vLLM, PEFT, transformers' continuous batching; one machine, one run, the same loads.
 
-    make bench-peers                               everything; the README's figures (about an hour and a half)
+    make bench-peers                               everything; writes results/peers-cpu.json and the README's table
     make bench-peers ARGS="--quick"                a few cases, small: does it run here, and how do they compare?
     make bench-peers ARGS="--peers weft,peft"      some systems only
 
@@ -38,7 +38,7 @@ from weft.server.bench import report as serving_report
 from weft.server.bench.measure import StepAdapters, summarise
 from weft.server.bench.workload import Arrival
 
-QUICK_RESULT = readme.RESULT.with_name("peers-cpu-quick.json")
+PARTIAL_RESULT = readme.RESULT.with_name("peers-cpu-partial.json")
 CHECKED = ("weft", "vllm", "peft")
 ORACLE = "peft"
 console = Console(width=160)
@@ -47,13 +47,15 @@ console = Console(width=160)
 def main(
     peers: Annotated[str, typer.Option(help=f"Systems, of {','.join(SYSTEMS)}.")] = ",".join(SYSTEMS),
     repeat: Annotated[int | None, typer.Option(min=1, help="Of every case; default: 3, 1 with --quick.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few, small cases; the README stays as it is.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few, small cases.")] = False,
     rate: Annotated[float, typer.Option(help="Arrivals per second of the loads; all systems should keep up.")] = 2.0,
     cases: Annotated[str, typer.Option(help="Regular expression: only cases in whose names it is found.")] = "",
     shape: Annotated[str, typer.Option(help="Of the random Llama: hidden:layers:heads:MLP:vocabulary.")] = LLAMA_125M,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every system; default: all cores.")] = None,
     vllm_python: Annotated[Path, typer.Option(help="Of vLLM's environment.")] = VLLM_PYTHON,
-    out: Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the figures go; by default whole runs fill the README.")
+    ] = None,
 ) -> None:
     """Measure weft and its peers side by side."""
     systems = tuple(peers.split(","))
@@ -79,8 +81,9 @@ def main(
         result["agreement"] = bench.agreement()
         result["cases"] = bench.run(chosen, result["repeat"])
     result |= {"ratios": report.ratios(result["cases"]), "systems": bench.about, "failures": bench.failures}
-    serving_report.write(out or (QUICK_RESULT if quick else readme.RESULT), result)
-    if out is None and not quick:  # what is in the README is what is in the result beside it
+    whole = not quick and systems == SYSTEMS and not cases and shape == LLAMA_125M
+    serving_report.write(out or (readme.RESULT if whole else PARTIAL_RESULT), result)
+    if out is None and whole:  # what is in the README is what is in the result beside it
         readme.fill()
     show(result)
     if bench.failures or not agrees(result["agreement"]):

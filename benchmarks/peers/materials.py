@@ -8,7 +8,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peers.plan import AdapterSet
 from weft.server.demo import demo_adapters, demo_model
@@ -57,6 +61,7 @@ class Workshop:
         if not base.exists():
             torch.manual_seed(0)
             LlamaForCausalLM(self._shape).to(torch.bfloat16).save_pretrained(base)
+            save_tokenizer(base, self._shape.vocab_size)
         names = [f"r{rank}-{index}" for index, rank in enumerate(adapters.ranks)]
         folders = {name: self._folder / name for name in names}
         missing = [i for i, name in enumerate(names) if not folders[name].exists()]
@@ -64,6 +69,14 @@ class Workshop:
             save_adapters(base, rank, {i: folders[names[i]] for i in missing if adapters.ranks[i] == rank})
         ranks = dict(zip(names, adapters.ranks, strict=True))
         return Materials(base, self._shape.vocab_size, folders, ranks)
+
+
+def save_tokenizer(base: Path, vocab_size: int) -> None:
+    """A byte-level BPE of as many made-up words: the HTTP server turns tokens into text, as it would real ones."""
+    words = BPE({f"Ġw{index}": index for index in range(vocab_size)}, [])
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(), ByteLevelDecoder()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(base)
 
 
 def save_adapters(base: Path, rank: int, folders: dict[int, Path]) -> None:

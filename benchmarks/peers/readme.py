@@ -38,10 +38,13 @@ def render(report: Mapping[str, Any] | None) -> str:
 def _where(report: Mapping[str, Any]) -> str:
     """Where and when the figures were measured."""
     device, threads, repeat = report["device"], report["threads"], report["repeat"]
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(report["versions"].items()) if version)
+    versions = dict(report["versions"])
+    for about in (about for systems in report["systems"].values() for about in systems.values()):
+        versions = about["versions"] | versions
+    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version)
     return (
         f"{report['date'][:10]}, {device['cpu']}, {threads} threads, {repeat} repetitions, commit "
-        f"`{str(report['commit'])[:12]}`: {versions}."
+        f"`{str(report['commit'])[:12]}`: {named}."
     )
 
 

@@ -154,9 +154,10 @@ def test_ratios_are_of_the_same_repetition() -> None:
         "repeat": 3,
         "commit": "f" * 40,
         "versions": {"weft": "1", "triton": None},
+        "systems": {"no adapters": {"vllm": {"versions": {"vllm": "2", "weft": "0"}}}},
     }
     text = render({**report, "cases": cases})
-    assert "2026-01-02, a CPU, 2 threads, 3 repetitions, commit `ffffffffffff`: weft 1." in text
+    assert "2026-01-02, a CPU, 2 threads, 3 repetitions, commit `ffffffffffff`: vllm 2, weft 1." in text
     assert "| base: throughput over vLLM's | 1.2 | 1.30 (1.20 to 1.40) | 130.0 tok/s | 100.0 tok/s | met |" in text
     assert "| under load: PEFT's TTFT p50 over weft's | 1 | not measured |" in text
     with pytest.raises(ValueError, match=r"ttft_ms\.p50.*out of memory"):
