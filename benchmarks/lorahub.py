@@ -5,7 +5,7 @@
 A *desk* gets requests of two kinds, each of which another adapter of the demo was trained for: no single adapter
 answers both. There is a desk for every pair of the demo's seven tasks. LoRAHub's search weighs the seven LoRAs of the
 demo from five training examples of the desk; every figure is exact match on held-out examples, greedy, all weightings
-in one mixed batch. It prints the table of the docs and writes `benchmarks/results/lorahub-demo.json`.
+in one mixed batch. It prints the table of docs/benchmarks.md and writes `benchmarks/results/lorahub-demo.json`.
 """
 
 from __future__ import annotations
