@@ -90,9 +90,10 @@ class Generation:
             RequestError: one of them failed.
         """
         while self._engine.has_work:
+            before = self._engine.steps
             deltas = self._engine.step()
-            if not deltas:
-                self._engine.wait(0.05)
+            if not deltas and self._engine.steps == before:
+                self._engine.wait(0.05)  # all wait for adapters; a piece of a long prompt gives no delta either
             for delta in deltas:
                 stream = self._streams.get(delta.request_id)
                 if stream is not None and stream.finish_reason is None and stream.take(delta):
