@@ -170,8 +170,9 @@ def test_prototypes_from_another_place_on_every_load(llama: TinyBase, tmp_path: 
     """Why ``rng_seed`` must be given."""
     config = ArrowConfig(top_k=1)
     folder = make_arrow(llama.folder, tmp_path / "arrow", config, r=3, scale=2.0, target_modules=["q_proj", "v_proj"])
-    first, second = (PeftReference(llama.folder, folder).logits([5, 17, 3, 120, 44]) for _ in range(2))
-    assert float((first - second).abs().max()) > 1e-3
+    # Other prototypes may choose the same experts: some load among several is enough.
+    loads = [PeftReference(llama.folder, folder).logits([5, 17, 3, 120, 44]) for _ in range(8)]
+    assert max(float((load - loads[0]).abs().max()) for load in loads) > 1e-3
     assert refusal(folder, llama).param == "rng_seed"
 
 
