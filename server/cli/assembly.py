@@ -15,7 +15,7 @@ from weft.server.registry.compositions import Compositions
 from weft.server.registry.proxies import Proxies
 from weft.server.runtime.client import EngineClient
 from weft.server.settings import Settings
-from weft.server.tokenization import Tokenizer, check_vocabulary
+from weft.server.tokenization import Tokenizer, Workers, check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def create_application(
         proxy_tokenizers={
             name: Tokenizer(tokenizer.backend, max_model_len=limit) for name, tokenizer in tokenizers.proxies.items()
         },
+        # The engine's queue is what refuses: as many as it takes may come at once.
+        workers=Workers(max_waiting=settings.max_num_seqs + settings.max_queued_requests),
     )
     return create_app(state)
 
