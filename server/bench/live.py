@@ -55,11 +55,11 @@ class LiveTarget:
         return traces, StepAdapters(sum(seen) / len(seen), int(max(seen))) if seen else StepAdapters()
 
     async def _models(self) -> tuple[str, list[str]]:
-        """The names of the base and of the adapters."""
+        """The names of the base and of what else requests may name."""
         try:
             async with self._client() as client:
                 reply = (await client.get(f"{self.url}/v1/models")).raise_for_status()
-            cards = reply.json()["data"]
+            cards = [card for card in reply.json()["data"] if not card.get("proxy_only")]
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
             raise LiveError(f"{self.url} does not list its models: {error or type(error).__name__}") from error
         bases = [card["id"] for card in cards if not card.get("parent")]

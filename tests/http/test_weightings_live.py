@@ -43,7 +43,9 @@ TOKENS = 4
 SAMPLE = 8
 """Answers that are compared with the formula."""
 MAX_GROWTH = 8 << 20
-"""Bytes that eight hundred weightings more may add to the engine's process; each takes some 50 kB of a slot."""
+"""Bytes that eight hundred weightings more may add to the engine's process; each takes some 50 kB of a slot.
+
+The first thousand are not counted: until then the allocator still finds out what it will keep."""
 
 
 @dataclass
@@ -202,12 +204,12 @@ async def test_a_hundred_weightings_through_32_slots(live: Live) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 async def test_a_thousand_weightings_leave_nothing_behind(live: Live) -> None:
-    asked = weightings(1000, seed=2)
-    await serve(live, asked[:200])
+    asked = weightings(1800, seed=2)
+    await serve(live, asked[:1000])
     early = live.resident()
-    await serve(live, asked[200:])
+    await serve(live, asked[1000:])
     late = live.resident()
-    print(f"resident memory of the engine after 200 weightings: {early >> 10} kB, after 1000: {late >> 10} kB")
+    print(f"resident memory of the engine after 1000 weightings: {early >> 10} kB, after 1800: {late >> 10} kB")
     assert late - early < MAX_GROWTH
     for id in IDS:
         await live.registry.unload(id)
