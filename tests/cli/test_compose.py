@@ -141,8 +141,9 @@ def test_weights_are_found_and_kept_over_a_restart(server: Serving, home: Path, 
         {member["id"]: member["weight"] for member in members}
         for members in (before["adapters"], json.loads(again.stdout)["result"]["adapters"])
     )
-    # But for the rounding of losses, which are sums over batches that other requests have a part in.
-    assert repeated == pytest.approx(found, abs=1e-2), "a search repeats"
+    # But for the rounding of losses, which are sums over batches whose rows need not be the same: the optimizer fits
+    # models to differences of losses, and magnifies it.
+    assert repeated == pytest.approx(found, abs=0.1), "a search repeats"
     text = server.complete("found")
     rounds = compose(server, home, "fit", "rounds", *arguments[1:], "--optimizer", "Shiwa", "--round-size", 4)
     assert rounds.exit_code == 0, rounds.stderr
