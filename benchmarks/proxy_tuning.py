@@ -1,6 +1,6 @@
 """Proxy-tuning on the demo: its base, which never saw a task, steered by a tuned model a fifth of its size.
 
-    python benchmarks/proxy_tuning.py                   trains the small model once (half an hour, kept in a cache)
+    python benchmarks/proxy_tuning.py                   trains the small model once (5500 steps, kept in a cache)
     python benchmarks/proxy_tuning.py --task formal     another task; repeatable
 
 The small base has the demo's tokenizer and curriculum and a fifth of its parameters. Its LoRA for the task is the
