@@ -116,6 +116,7 @@ MALFORMED: list[tuple[str, str, dict[str, object]]] = [
     ("OFT", "num_cayley_neumann_terms", {"num_cayley_neumann_terms": 0}),
     ("OFT", "num_cayley_neumann_terms", {"num_cayley_neumann_terms": 1 << 20}),
     ("OFT", "use_cayley_neumann", {"use_cayley_neumann": 1}),
+    ("OFT", "use_cayley_neumann", {"use_cayley_neumann": None}),
     ("OFT", "coft", {"coft": "yes"}),
     ("OFT", "eps", {"coft": True, "eps": -1.0}),
     ("OFT", "block_share", {"block_share": "yes"}),
