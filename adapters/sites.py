@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from weft.adapters.base import Base
 from weft.adapters.parts import Part
 from weft.adapters.slots import SlotPool
 from weft.adapters.sublayers import SublayerHooks
-from weft.kernels.dispatch import backend
 from weft.kernels.gated_lora import gated_lora
 from weft.kernels.gated_prefix import Joint, gated_prefix
 from weft.kernels.grouped_affine import grouped_affine
 from weft.kernels.grouped_delta import grouped_delta
-from weft.kernels.grouped_lora import PackedWeights, grouped_lora, grouped_lora_packed, pack
+from weft.kernels.grouped_lora import PackedWeights, grouped_lora, pack
 from weft.kernels.grouped_rotate import grouped_rotate
 from weft.kernels.grouped_sparse import grouped_sparse
 from weft.kernels.grouped_turn import grouped_turn
 from weft.kernels.groups import RowGroups
 from weft.kernels.mean_gates import mean_gates
+from weft.kernels.packed_linear import FEW_ROWS, PackedLinear
+from weft.kernels.packed_linear import supported as packed_linear_supported
 from weft.kernels.routed_lora import routed_lora
 from weft.kernels.slot_rows import SlotRows
 from weft.kernels.spans import Spans
@@ -91,6 +94,7 @@ class LinearSite(_Site):
         self._output = output
         self._packed: PackedWeights | None = None
         self._packed_key: tuple[tuple[int, int], ...] = ()
+        self._few_rows = _packed_linear(linear)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -105,18 +109,26 @@ class LinearSite(_Site):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         groups = self._rows.logits if self._output else self._rows.tokens
         if groups is None or not groups.active:
-            result: torch.Tensor = self.linear(x)
-            return result
+            return self._base(x)
+        parts = self._pool.parts(self._path)
+        if not parts:
+            return self._base(x)
         rows = x.reshape(-1, x.shape[-1])
-        y: torch.Tensor
-        if self._pool.parts(self._path) <= LOW_RANK:  # what most adapters are: no need to look for the rest
-            y = self.linear(x)
+        if parts <= LOW_RANK:  # what most adapters are: no need to look for the rest
+            y = self._base(x)
             self._add_low_rank(y.view(-1, y.shape[-1]), rows, groups)
             return y
         rows = self._joined(rows, groups)
-        y = self.linear(self._input(rows, groups).view_as(x))
+        y = self._base(self._input(rows, groups).view_as(x))
         self._add_adapters(y.view(-1, y.shape[-1]), rows, groups)
         return y
+
+    def _base(self, x: torch.Tensor) -> torch.Tensor:
+        """What the frozen linear makes of ``x``."""
+        if self._few_rows is not None and x.numel() <= FEW_ROWS * x.shape[-1]:
+            return self._few_rows(x)
+        result: torch.Tensor = self.linear(x)
+        return result
 
     def _input(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """What W is given: ``x``, or a copy of it where some row's adapter changes it."""
@@ -193,20 +205,28 @@ class LinearSite(_Site):
                     y[index[:, None], self._pool.ids(self._path, slot)] = x[index] @ own.of(slot).T
 
     def _add_low_rank(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> None:
-        a, b = self._active(Part.A, groups), self._active(Part.B, groups)
+        a, b = self._active(Part.A, groups), self._pool.rows(self._path, Part.B)
         if a is not None and b is not None:
-            if backend(y) == "triton":
-                grouped_lora(y, x, a, b, groups)
-            else:
-                grouped_lora_packed(y, x, self._packed_for(a, b, groups), groups)
+            grouped_lora(y, x, a, b, groups, packing=self._packed_for)
 
-    def _packed_for(self, a: SlotRows, b: SlotRows, groups: RowGroups) -> PackedWeights:
+    def _packed_for(self, a: SlotRows, b: SlotRows, active: Sequence[int]) -> PackedWeights:
         """The active slots' factors side by side, kept while neither the slots nor their content change."""
-        key = tuple((slot, self._pool.generations[slot]) for slot in groups.active)
+        key = tuple((slot, self._pool.generations[slot]) for slot in active)
         if self._packed is None or key != self._packed_key:
-            self._packed = pack(a, b, groups.active)
+            self._packed = pack(a, b, active)
             self._packed_key = key
         return self._packed
+
+
+def _packed_linear(linear: nn.Module) -> PackedLinear | None:
+    """The linear for few rows, where the machine has something quicker than torch's own."""
+    if type(linear) is nn.Linear:
+        weight, bias = linear.weight, linear.bias
+    elif isinstance(linear, Conv1D):
+        weight, bias = linear.weight.T, linear.bias
+    else:  # its weight is kept in fewer bits
+        return None
+    return PackedLinear.pack(weight, bias) if packed_linear_supported(weight) else None
 
 
 class NormSite(_Site):

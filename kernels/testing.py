@@ -1,13 +1,16 @@
 """What tests and benchmarks share: the one table of tolerances, the workload samplers, and builders of random cases."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from weft.kernels import native
 from weft.kernels.paged_attention import AttentionRows
 from weft.kernels.slot_rows import SlotRows
 from weft.kernels.sparse_rows import pack_rows
@@ -21,6 +24,13 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 }
 
 Popularity = Literal["distinct", "uniform", "skewed", "identical"]
+
+
+@contextmanager
+def without_c() -> Iterator[None]:
+    """Torch does all the work on CPUs meanwhile, as where there is no C compiler."""
+    with mock.patch.object(native, "available", lambda source: False):
+        yield
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:

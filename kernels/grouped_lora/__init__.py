@@ -9,18 +9,23 @@ added to y in fp32 and rounded once to y's dtype, where peft rounds twice more (
 scale, which is folded into B here). Rows of slot -1 and rows whose slot has rank 0 are left as they are, bit for bit.
 """
 
+from collections.abc import Callable, Sequence
+
 from torch import Tensor
 
 from weft.kernels.dispatch import backend
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
 
+from . import rows
 from .packed import PackedWeights, grouped_lora_packed, pack
 
 __all__ = ["PackedWeights", "grouped_lora", "grouped_lora_packed", "pack"]
 
+Pack = Callable[[SlotRows, SlotRows, Sequence[int]], PackedWeights]
 
-def grouped_lora(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> None:
+
+def grouped_lora(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups, *, packing: Pack = pack) -> None:
     """Adds to each row of y, in place, the low-rank update of the row's slot.
 
     Args:
@@ -29,6 +34,7 @@ def grouped_lora(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGrou
         a: the rows of A, of width in and the same dtype.
         b: the columns of B as rows of width out (B is stored transposed), every scale folded in; as many as `a` has.
         groups: the rows of this step.
+        packing: called where the active slots' weights are wanted side by side, which a caller may keep.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or a row's slot has no entry in the tables.
@@ -40,8 +46,10 @@ def grouped_lora(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGrou
         from .triton import grouped_lora as launch
 
         launch(y, x, a, b, groups)
+    elif rows.supported(y, x, groups):
+        rows.grouped_lora_rows(y, x, a, b, groups)
     else:
-        grouped_lora_packed(y, x, pack(a, b, groups.active), groups)
+        grouped_lora_packed(y, x, packing(a, b, groups.active), groups)
 
 
 def _check(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import decode
 from .plan import Bucket, plan
 from .reference import write_lse
 from .rows import AttentionRows, LogSumExp
@@ -15,8 +16,11 @@ from .rows import AttentionRows, LogSumExp
 
 def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     """See `weft.kernels.paged_attention.write_kv`."""
-    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
-    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        if decode.supported(new, cache, cache):
+            decode.write(cache, new, slot_mapping)
+        else:
+            cache.flatten(0, 1).index_copy_(0, slot_mapping, new)
 
 
 def paged_attention(
@@ -35,7 +39,10 @@ def paged_attention(
     if lse is not None:  # the fused attention keeps them to itself
         write_lse(lse, q, k_cache, rows, scale=scale, window=window, softcap=softcap, sinks=sinks)
     out = q.new_empty(*q.shape[:2], v_cache.shape[3])
-    for bucket in plan(rows, window, q.dtype):
+    native = decode.supported(q, k_cache, v_cache)
+    if native:
+        decode.attend(out, q, k_cache, v_cache, rows, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    for bucket in plan(rows, window, q.dtype, decode=not native):
         tokens = bucket.tokens
         queries = q.index_select(0, tokens) if isinstance(tokens, Tensor) else q[tokens]
         queries = queries.unflatten(0, (bucket.num_rows, bucket.query_len))

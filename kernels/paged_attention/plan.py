@@ -37,18 +37,18 @@ class Bucket:
     causal: bool
 
 
-def plan(rows: AttentionRows, window: int | None, dtype: torch.dtype) -> tuple[Bucket, ...]:
-    """The buckets of a step, for a sliding window (None: none) and masks of `dtype`."""
-    return rows.plan(("cpu", window, dtype), lambda: _build(rows, window, dtype))
+def plan(rows: AttentionRows, window: int | None, dtype: torch.dtype, *, decode: bool) -> tuple[Bucket, ...]:
+    """The buckets of a step, for a sliding window (None: none) and masks of `dtype`; with or without decoding rows."""
+    return rows.plan(("cpu", window, dtype, decode), lambda: _build(rows, window, dtype, decode))
 
 
-def _build(rows: AttentionRows, window: int | None, dtype: torch.dtype) -> tuple[Bucket, ...]:
-    decode = [r for r, query in enumerate(rows.query_lens) if query == 1]
+def _build(rows: AttentionRows, window: int | None, dtype: torch.dtype, decode: bool) -> tuple[Bucket, ...]:
+    decoding = [r for r, query in enumerate(rows.query_lens) if query == 1] if decode else []
     alike: dict[tuple[int, int], list[int]] = {}
     for r, (query, total) in enumerate(zip(rows.query_lens, rows.total_lens, strict=True)):
         if query > 1:
             alike.setdefault((query, total), []).append(r)
-    members = [*_by_length(rows, decode, window), *alike.values()]
+    members = [*_by_length(rows, decoding, window), *alike.values()]
     return tuple(_bucket(rows, sorted(chosen), window, dtype) for chosen in members)
 
 

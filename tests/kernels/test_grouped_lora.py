@@ -8,10 +8,16 @@ from torch import Tensor
 from weft.kernels.grouped_lora import grouped_lora, grouped_lora_packed, pack, packed, reference, triton
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
-from weft.kernels.testing import TOLERANCES, assert_close, random_factors
+from weft.kernels.testing import TOLERANCES, assert_close, random_factors, without_c
 
 DTYPES = st.sampled_from(list(TOLERANCES))
 SLOTS = 5
+
+
+def by_torch(*args) -> None:
+    """The CPU path where there is no C compiler."""
+    with without_c():
+        grouped_lora(*args)
 
 
 def rows_of(width: int, count: int, dtype: torch.dtype, *, strided: bool, seed: int) -> Tensor:
@@ -72,13 +78,14 @@ def test_triton_at_the_largest_rank() -> None:
     assert_close(y, expected)
 
 
-@given(cases(max_rows=80, max_width=900, max_rank=256))
+@pytest.mark.parametrize("implementation", [grouped_lora, by_torch])
+@given(case=cases(max_rows=80, max_width=900, max_rank=256))
 @settings(deadline=None)
-def test_torch_agrees_with_the_reference(case: tuple) -> None:
+def test_the_cpu_agrees_with_the_reference(implementation, case: tuple) -> None:
     y, x, weights, groups = build(case)
     before, expected = y.clone(), y.clone()
     reference.grouped_lora(expected, x, *weights, groups)
-    grouped_lora(y, x, *weights, groups)
+    implementation(y, x, *weights, groups)
     check(y, before, expected, case[0], case[1])
 
 
@@ -124,7 +131,7 @@ def test_another_adapters_overflow_does_not_leak() -> None:
     grouped_lora(alone, x, *weights, groups)
     for rows in weights:
         rows.pool[rows.table[1, 0]] = float("inf")
-        for implementation in (reference.grouped_lora, grouped_lora, triton.grouped_lora):
+        for implementation in (reference.grouped_lora, grouped_lora, by_torch, triton.grouped_lora):
             mixed = y.clone()
             with np.errstate(invalid="ignore"):  # the interpreter is numpy, and inf - inf is what slot 1 asks for
                 implementation(mixed, x, *weights, groups)
@@ -150,7 +157,7 @@ def test_sites_of_one_layout_share_their_blocks() -> None:
     built = []
     for width in (20, 30):
         weights = random_factors([4, 8, 2], width, width, torch.float32)
-        grouped_lora(torch.zeros(4, width), torch.zeros(4, width), *weights, groups)
+        by_torch(torch.zeros(4, width), torch.zeros(4, width), *weights, groups)
         built.append(list(groups._plans.values()))
     assert len(built[0]) == len(built[1]) and all(a is b for a, b in zip(*built, strict=True))
 
@@ -158,7 +165,7 @@ def test_sites_of_one_layout_share_their_blocks() -> None:
 def test_a_batch_on_the_base_is_left_alone() -> None:
     groups = RowGroups.build([-1, -1], "cpu")
     weights = random_factors([4], 8, 8, torch.float32)
-    for implementation in (reference.grouped_lora, grouped_lora, triton.grouped_lora):
+    for implementation in (reference.grouped_lora, grouped_lora, by_torch, triton.grouped_lora):
         y = torch.full((2, 8), -0.0)
         implementation(y, torch.ones(2, 8), *weights, groups)
         assert torch.equal(bits(y), bits(torch.full((2, 8), -0.0)))
@@ -183,7 +190,7 @@ def test_few_rows_share_their_products_and_many_do_not() -> None:
     rows = packed.WORTH_A_PRODUCT[4] // 4 + 1
     many = RowGroups.build([1, *[0] * rows], "cpu")
     for groups, expected in ((few, [(slice(0, 3), True)]), (many, [(slice(1, rows + 1), False), (slice(0, 1), False)])):
-        grouped_lora(torch.zeros(groups.num_rows, 8), torch.zeros(groups.num_rows, 8), *weights, groups)
+        by_torch(torch.zeros(groups.num_rows, 8), torch.zeros(groups.num_rows, 8), *weights, groups)
         blocks = list(groups._plans.values())[-1]
         assert [(block.rows, block.foreign is not None) for block in blocks] == expected
 

@@ -1,3 +1,4 @@
+import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -9,17 +10,19 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
+from weft.kernels import native
 from weft.kernels.paged_attention import (
     AttentionRows,
     LogSumExp,
     cpu,
+    decode,
     paged_attention,
     plan,
     reference,
     triton,
     write_kv,
 )
-from weft.kernels.testing import TOLERANCES, AttentionCase, assert_close, random_attention
+from weft.kernels.testing import TOLERANCES, AttentionCase, assert_close, random_attention, without_c
 
 HEADS = st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (7, 1)])
 
@@ -50,6 +53,20 @@ def cases(draw: st.DrawFn, max_rows: int, max_query: int, max_context: int) -> t
     return case, options
 
 
+class Torch:
+    """The CPU path where there is no C compiler."""
+
+    @staticmethod
+    def paged_attention(*args, **options) -> Tensor:
+        with without_c():
+            return cpu.paged_attention(*args, **options)
+
+    @staticmethod
+    def write_kv(*args) -> None:
+        with without_c():
+            cpu.write_kv(*args)
+
+
 def inputs(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor, AttentionRows]:
     return case.q, case.k_cache, case.v_cache, case.rows
 
@@ -61,14 +78,49 @@ def test_triton_agrees_with_the_reference(drawn: tuple[AttentionCase, dict]) -> 
     assert_close(triton.paged_attention(*inputs(case), **options), reference.paged_attention(*inputs(case), **options))
 
 
-@given(cases(max_rows=12, max_query=50, max_context=300))
-@settings(deadline=None, max_examples=150)
-def test_torch_agrees_with_the_reference(drawn: tuple[AttentionCase, dict]) -> None:
+@pytest.mark.parametrize("implementation", [paged_attention, Torch.paged_attention])
+@given(drawn=cases(max_rows=12, max_query=50, max_context=600))
+@settings(deadline=None, max_examples=100)
+def test_the_cpu_agrees_with_the_reference(implementation, drawn: tuple[AttentionCase, dict]) -> None:
     case, options = drawn
-    assert_close(paged_attention(*inputs(case), **options), reference.paged_attention(*inputs(case), **options))
+    assert_close(implementation(*inputs(case), **options), reference.paged_attention(*inputs(case), **options))
 
 
-@pytest.mark.parametrize("implementation", [paged_attention, triton.paged_attention])
+def test_there_is_a_kernel_in_c_for_this_machine() -> None:
+    """Or what is tested here would be torch's work alone."""
+    assert isinstance(native.compiled(decode.SOURCE), ctypes.CDLL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    lens = [1, 255, 256, 257, 3000]
+    case = random_attention([1] * 5, lens, heads=4, kv_heads=2, head_dim=24, dtype=dtype)
+    together = paged_attention(*inputs(case), scale=0.2)
+    assert_close(together, reference.paged_attention(*inputs(case), scale=0.2))
+    for r, (total, pages) in enumerate(zip(lens, case.rows.page_tables, strict=True)):
+        alone = AttentionRows.build([1], [total], [pages.tolist()], case.rows.page_size, "cpu")
+        assert torch.equal(
+            paged_attention(case.q[r : r + 1], case.k_cache, case.v_cache, alone, scale=0.2)[0], together[r]
+        )
+
+
+def test_what_is_not_a_number_stays_in_its_row() -> None:
+    case = random_attention([1, 1, 1], [40, 300, 20], heads=4, kv_heads=2, head_dim=16)
+    expected = reference.paged_attention(*inputs(case), scale=0.2)
+    case.k_cache[case.rows.page_table[1, 2].long(), 3, 1] = float("nan")
+    result = paged_attention(*inputs(case), scale=0.2)
+    assert result[1, 2:].isnan().all() and not result[1, :2].isnan().any()
+    assert_close(result[[0, 2]], expected[[0, 2]])
+
+
+def test_scores_of_minus_infinity_weigh_nothing() -> None:
+    case = random_attention([1], [40], heads=1, kv_heads=1, head_dim=16)
+    case.q.fill_(1.0)
+    case.k_cache[case.rows.page_table[0, 0].long(), :, :, 0] = float("-inf")
+    assert_close(paged_attention(*inputs(case), scale=0.2), reference.paged_attention(*inputs(case), scale=0.2))
+
+
+@pytest.mark.parametrize("implementation", [paged_attention, Torch.paged_attention, triton.paged_attention])
 @given(drawn=cases(max_rows=4, max_query=20, max_context=60))
 @settings(deadline=None, max_examples=30)
 def test_log_sum_exps_of_the_rows_that_are_wanted(implementation, drawn: tuple[AttentionCase, dict]) -> None:
@@ -83,14 +135,14 @@ def test_log_sum_exps_of_the_rows_that_are_wanted(implementation, drawn: tuple[A
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(40, 1, 16), (2, 1, 80), (2, 2, 96), (2, 1, 256)])
-@pytest.mark.parametrize("implementation", [cpu, triton])
+@pytest.mark.parametrize("implementation", [cpu, Torch, triton])
 def test_wide_heads_and_groups(implementation, heads: int, kv_heads: int, head_dim: int) -> None:
     case = random_attention([1, 9], [70, 9], heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     result = implementation.paged_attention(*inputs(case), scale=head_dim**-0.5)
     assert_close(result, reference.paged_attention(*inputs(case), scale=head_dim**-0.5))
 
 
-@pytest.mark.parametrize("implementation", [reference, cpu, triton])
+@pytest.mark.parametrize("implementation", [reference, cpu, Torch, triton])
 @pytest.mark.parametrize("window", [None, 1, 7, 64])
 @pytest.mark.parametrize("flavour", ["gemma2", "gpt_oss"])
 def test_agrees_with_eager_attention_of_transformers(implementation, window: int | None, flavour: str) -> None:
@@ -115,7 +167,7 @@ def test_agrees_with_eager_attention_of_transformers(implementation, window: int
     assert_close(result, torch.cat(expected))
 
 
-@pytest.mark.parametrize("implementation", [reference, cpu, triton])
+@pytest.mark.parametrize("implementation", [reference, cpu, Torch, triton])
 def test_pages_the_window_has_passed_are_not_read(implementation) -> None:
     case = random_attention([1, 5], [70, 64], heads=4, kv_heads=2, head_dim=16, page_size=8)
     options = {"scale": 0.25, "window": 20}
@@ -126,7 +178,7 @@ def test_pages_the_window_has_passed_are_not_read(implementation) -> None:
     assert_close(implementation.paged_attention(*inputs(case), **options), expected)
 
 
-@pytest.mark.parametrize("implementation", [reference, cpu, triton])
+@pytest.mark.parametrize("implementation", [reference, cpu, Torch, triton])
 def test_rows_sharing_pages(implementation) -> None:
     case = random_attention([1, 1], [40, 40], heads=2, kv_heads=2, head_dim=16, page_size=16)
     first, last = case.rows.page_table[0].tolist(), case.rows.page_table[1].tolist()
@@ -137,7 +189,7 @@ def test_rows_sharing_pages(implementation) -> None:
     assert_close(implementation.paged_attention(q, k, v, shared, scale=0.25)[1:], expected)
 
 
-@pytest.mark.parametrize("implementation", [reference, cpu, triton])
+@pytest.mark.parametrize("implementation", [reference, cpu, Torch, triton])
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 def test_write_kv_writes_the_new_tokens_and_nothing_else(implementation, dtype: torch.dtype) -> None:
     caches = [torch.full((6, 4, 3, width), float("nan"), dtype=dtype) for width in (5, 7)]
@@ -174,14 +226,14 @@ def test_the_metadata_of_rows(data: st.DataObject) -> None:
 def test_layers_share_the_plan_of_a_step() -> None:
     case = random_attention([1, 1, 4], [9, 90, 4], heads=2, kv_heads=1, head_dim=16)
     for window in (None, 8, None, 8):
-        paged_attention(*inputs(case), scale=1.0, window=window)
+        Torch.paged_attention(*inputs(case), scale=1.0, window=window)
     assert len(case.rows._plans) == 2
 
 
 def test_decode_rows_of_very_unequal_length_are_padded_apart() -> None:
     lens = [16 * n for n in (1, 2, 2, 60, 61, 64)]
     case = random_attention([1] * 6, lens, heads=1, kv_heads=1, head_dim=8)
-    buckets = plan.plan(case.rows, None, torch.float32)
+    buckets = plan.plan(case.rows, None, torch.float32, decode=True)
     assert [(bucket.num_rows, bucket.length) for bucket in buckets] == [(3, 1024), (3, 32)]
 
 
@@ -194,7 +246,7 @@ def test_write_kv_of_the_public_op() -> None:
 def test_an_empty_batch() -> None:
     rows = AttentionRows.build([], [], [], 4, "cpu")
     cache = torch.zeros(2, 4, 1, 8)
-    for implementation in (reference, cpu, triton):
+    for implementation in (reference, cpu, Torch, triton):
         assert implementation.paged_attention(torch.zeros(0, 2, 8), cache, cache, rows, scale=1.0).shape == (0, 2, 8)
         implementation.write_kv(cache, cache, torch.zeros(0, 1, 8), torch.zeros(0, 1, 8), rows.slot_mapping)
 

@@ -79,6 +79,12 @@ def test_the_demo_is_in_the_wheel(contents: dict[str, int], repository: Path) ->
     assert wanted.items() <= contents.items()
 
 
+def test_the_kernels_in_c_are_in_the_wheel(contents: dict[str, int], repository: Path) -> None:
+    sources = [path for ending in ("c", "h") for path in (repository / "kernels").rglob(f"*.{ending}")]
+    assert len(sources) > 3
+    assert {f"weft/{path.relative_to(repository).as_posix()}" for path in sources} <= contents.keys()
+
+
 def test_types_are_announced(contents: dict[str, int]) -> None:
     assert {f"weft/{root}/py.typed" for root in ROOTS} <= contents.keys()
 
