@@ -19,7 +19,18 @@ def test_every_kernel_compiles(target: str) -> None:
     result = run("--target", target)
     assert result.returncode == 0, result.stdout + result.stderr
     kernels = ("shrink", "expand", "delta", "rotate", "sparse", "affine", "turn", "attention", "write_kv")
-    for kernel in (*kernels, "prefix", "route", "score gates", "mean gates", "weigh", "weighted sum", "logit mix"):
+    for kernel in (
+        *kernels,
+        "prefix",
+        "route",
+        "score gates",
+        "mean gates",
+        "weigh",
+        "weighted sum",
+        "logit mix",
+        "rms norm",
+        "gated act",
+    ):
         assert f"{target:8}" in result.stdout and kernel in result.stdout
 
 
