@@ -24,6 +24,7 @@ from weft.adapters.slots import SlotPool
 from weft.server.config import ConfigError, EngineConfig
 from weft.server.engine import attention, loading, selfcheck
 from weft.server.engine.fused import fuse
+from weft.server.engine.fused_rotary import fuse_rotary
 from weft.server.engine.graphs import GraphRunner, capture_for
 from weft.server.engine.host_memory import keep_freed_memory
 from weft.server.engine.kv_cache import KVCache, bytes_per_block, count_blocks
@@ -150,6 +151,7 @@ def _serve(weights: _Weights, num_blocks: int, arrived: threading.Event) -> Load
     pool = _slot_pool(config, base, model.dtype, device)
     base = replace(base, adapter_memory=pool.nbytes_total)
     fuse(model, base)
+    fuse_rotary(model)
     rows = attach_sites(model, base, pool)
     attach_mixtures(model, base, pool, rows)
     embed = model.get_input_embeddings()

@@ -30,6 +30,7 @@ def test_every_kernel_compiles(target: str) -> None:
         "logit mix",
         "rms norm",
         "gated act",
+        "rotary",
     ):
         assert f"{target:8}" in result.stdout and kernel in result.stdout
 
