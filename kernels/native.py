@@ -117,11 +117,11 @@ def _processor() -> str:
 
 def _cache() -> Path | None:
     """A folder that nobody else can write to; None if there is none."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weft" / "native"
     try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weft" / "native"
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = root.stat()
-    except OSError:
+    except (OSError, RuntimeError):  # the second where this user has no home
         return None
     own = status.st_uid == os.getuid() and not status.st_mode & 0o022
     return root if own and os.access(root, os.W_OK) else None

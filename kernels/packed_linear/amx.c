@@ -36,21 +36,32 @@ static void configure(void) {
 
 static int blocks(int count) { return (count + SIDE - 1) / SIDE; }
 
-/* W[n, k] lies at n * stride_n + k * stride_k elements. */
+/* One tile of W from output `row` and input `column` on; W[n, k] lies at n * stride_n + k * stride_k elements. */
+static void pack_tile(const uint16_t *w, uint16_t *tile, int row, int column, int outputs, int inputs, ptrdiff_t stride_n,
+                      ptrdiff_t stride_k) {
+    const uint16_t *from = w + row * stride_n + column * stride_k;
+    if (stride_k == 1 && row + 16 <= outputs && column + 32 <= inputs) { /* pairs of inputs stay together */
+        for (int c = 0; c < 16; c++)
+            for (int p = 0; p < 16; p++) memcpy(tile + 2 * (16 * p + c), from + c * stride_n + 2 * p, 4);
+        return;
+    }
+    for (int p = 0; p < 16; p++)
+        for (int c = 0; c < 16; c++)
+            for (int e = 0; e < 2; e++) {
+                const int k = 2 * p + e, there = row + c < outputs && column + k < inputs;
+                *tile++ = there ? from[c * stride_n + k * stride_k] : 0;
+            }
+}
+
 void pack_weight(const uint16_t *w, uint16_t *packed, int outputs, int inputs, ptrdiff_t stride_n, ptrdiff_t stride_k,
                  int threads) {
+    const int steps = blocks(inputs);
 #pragma omp parallel for num_threads(threads)
-    for (int n = 0; n < blocks(outputs); n++) {
-        uint16_t *to = packed + (size_t)n * blocks(inputs) * PAIR;
-        for (int k = 0; k < blocks(inputs); k++)
+    for (int n = 0; n < blocks(outputs); n++)
+        for (int k = 0; k < steps; k++)
             for (int half = 0; half < 2; half++)
-                for (int p = 0; p < 16; p++)
-                    for (int c = 0; c < 16; c++)
-                        for (int e = 0; e < 2; e++) {
-                            int row = n * SIDE + half * 16 + c, column = k * SIDE + 2 * p + e;
-                            *to++ = row < outputs && column < inputs ? w[row * stride_n + column * stride_k] : 0;
-                        }
-    }
+                pack_tile(w, packed + ((size_t)n * steps + k) * PAIR + half * TILE, n * SIDE + half * 16, k * SIDE, outputs,
+                          inputs, stride_n, stride_k);
 }
 
 /* Tiles of the 16 rows from `first` on. */

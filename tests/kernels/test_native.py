@@ -1,6 +1,7 @@
 """Compiling kernels in C: what is found, what is kept, what is said where there is no compiler."""
 
 import ctypes
+import functools
 import logging
 import os
 import subprocess
@@ -20,7 +21,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("WEFT_CC", raising=False)
     for name in ("compiled", "_told"):
-        monkeypatch.setattr(native, name, __import__("functools").cache(getattr(native, name).__wrapped__))
+        monkeypatch.setattr(native, name, functools.cache(getattr(native, name).__wrapped__))
     return tmp_path / "weft" / "native"
 
 
@@ -89,3 +90,12 @@ def test_kernels_agree_on_a_processor_with_short_vectors(tmp_path: Path) -> None
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_user_without_a_home_compiles_for_each_process(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    assert isinstance(native.compiled(SOURCE), ctypes.CDLL)
+    assert not fresh.exists()
