@@ -65,7 +65,7 @@ INLINE void shrink(const Lora *in, const int32_t *rows, int count, const int32_t
         }
 }
 
-/* y[row, from .. from + WIDE) += sum_j h[row, j] B[j] for up to TOGETHER rows; `wide`: all of those columns are there. */
+/* y[row, from .. from + WIDE) += sum_j h[row, j] B[j] for up to TOGETHER rows, as far as there are columns. */
 INLINE void expand(const Lora *in, const int32_t *rows, int count, const int32_t *table, int rank, const float *h, int from,
                    Kind kind) {
     if (from + WIDE <= in->outputs) {
