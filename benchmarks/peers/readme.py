@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ HERE = Path(__file__).resolve().parent.parent
 README = HERE / "README.md"
 RESULT = HERE / "results" / "peers-cpu.json"
 COMMAND = "make bench-peers"
+# What depends on the machine, and is given by make.
+OMITTED = ("--vllm-python", "--out")
 SECTION = re.compile(r"(?<=<!-- peers-cpu -->\n).*?(?=<!-- /peers-cpu -->)", re.DOTALL)
 
 
@@ -29,10 +32,18 @@ def render(report: Mapping[str, Any] | None) -> str:
         "| target | at least | measured | ours | theirs | verdict | command |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
+    command = COMMAND if report is None else _command(report["command"])
     for row in ratios([] if report is None else report["cases"]):
-        cells = [row["target"], f"{row['least']:g}", *measured(row), f"`{COMMAND}`"]
+        cells = [row["target"], f"{row['least']:g}", *measured(row), f"`{command}`"]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join([*([] if report is None else [_where(report), ""]), *rows]) + "\n"
+
+
+def _command(typed: str) -> str:
+    """The target of make that does the same as the program that was called."""
+    words = iter(shlex.split(typed)[1:])
+    kept = [word for word in words if not (word in OMITTED and next(words))]
+    return f'{COMMAND} ARGS="{shlex.join(kept)}"' if kept else COMMAND
 
 
 def _where(report: Mapping[str, Any]) -> str:

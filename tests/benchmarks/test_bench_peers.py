@@ -149,6 +149,7 @@ def test_ratios_are_of_the_same_repetition() -> None:
     assert (ttft["ratio"]["median"], ttft["met"]) == (0.5, False)
     report = {
         "date": "2026-01-02T03:04",
+        "command": "bench_peers.py --vllm-python .venv-vllm/bin/python --cases '^[n8]'",
         "device": {"cpu": "a CPU"},
         "threads": 2,
         "repeat": 3,
@@ -159,6 +160,7 @@ def test_ratios_are_of_the_same_repetition() -> None:
     text = render({**report, "cases": cases})
     assert "2026-01-02, a CPU, 2 threads, 3 repetitions, commit `ffffffffffff`: vllm 2, weft 1." in text
     assert "| base: throughput over vLLM's | 1.2 | 1.30 (1.20 to 1.40) | 130.0 tok/s | 100.0 tok/s | met |" in text
+    assert """| met | `make bench-peers ARGS="--cases '^[n8]'"` |""" in text
     assert "| under load: PEFT's TTFT p50 over weft's | 1 | not measured |" in text
     with pytest.raises(ValueError, match=r"ttft_ms\.p50.*out of memory"):
         ratios([{**cases[1], "runs": {**load, "vllm": [run(1, None)]}}])
