@@ -60,10 +60,9 @@ def _norm(norm: Any) -> Forward | None:
     weight = x[0, _ROWS // 2]  # of about unit size; its own may be all ones, for which the formulas agree
     y = functional_call(norm, {"weight": weight}, (x,))
     for offset, round_first in _FORMULAS:
-        if _equal(rms_norm_reference(x, weight, eps, offset=offset, round_first=round_first), y):
-            return partial(
-                _normed, norm, norm.forward, partial(rms_norm, eps=eps, offset=offset, round_first=round_first)
-            )
+        options: dict[str, Any] = {"eps": eps, "offset": offset, "round_first": round_first}
+        if _equal(rms_norm_reference(x, weight, **options), y):
+            return partial(_normed, norm, norm.forward, partial(rms_norm, **options))
     return None
 
 

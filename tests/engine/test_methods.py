@@ -45,7 +45,7 @@ def everything(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 )
 def test_all_methods_in_one_batch_equal_peft(settings: dict, everything: Zoo) -> None:
     count = len(everything.adapters) + 1
-    driver = everything.driver(max_adapters=count, max_num_seqs=count, adapter_memory=1 << 27, **settings)
+    driver = everything.driver(max_adapters=count, max_num_seqs=count, adapter_memory=1 << 28, **settings)
     rng = random.Random(0)
     for name in (*everything.adapters, None):
         driver.add(random_prompt(rng, 8, 40), name, everything.choices.get(name or ""), max_tokens=25)
