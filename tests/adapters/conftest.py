@@ -8,10 +8,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tests.support.models import tiny_model
+from tests.support.models import load_model, tiny_model
 from weft.adapters.base import Base
 
 
@@ -31,7 +30,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyB
     @cache
     def build(arch: str) -> TinyBase:
         folder = tiny_model(arch, tmp_path_factory.mktemp(arch))
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        model = load_model(folder, eager=True)
         return TinyBase(folder, model, Base.of(model))
 
     return build

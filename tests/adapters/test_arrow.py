@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,27 @@ def test_it_equals_peft(
     assert compile_adapter(folder, tiny.base, version="v").forms == ("RoutedLowRank",)
 
 
+@pytest.fixture(scope="module")
+def saved(tiny_base: Callable[[str], TinyBase], tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """A router, with general knowledge or without; not to be changed."""
+
+    @cache
+    def make(use_gks: bool) -> Path:
+        config = ArrowConfig(top_k=2, rng_seed=1, use_gks=use_gks)
+        folder = tmp_path_factory.mktemp("saved") / "arrow"
+        return make_arrow(tiny_base("llama").folder, folder, config, r=3, scale=2.0, target_modules=["q_proj"])
+
+    return make
+
+
 @pytest.fixture
-def arrow(llama: TinyBase, tmp_path: Path) -> Path:
-    return make_arrow(
-        llama.folder, tmp_path / "arrow", ArrowConfig(top_k=2, rng_seed=1), r=3, target_modules=["q_proj"]
-    )
+def arrow(saved: Callable[[bool], Path], tmp_path: Path) -> Path:
+    return shutil.copytree(saved(False), tmp_path / "arrow")
+
+
+@pytest.fixture
+def general(saved: Callable[[bool], Path], tmp_path: Path) -> Path:
+    return shutil.copytree(saved(True), tmp_path / "arrow")
 
 
 def refusal(folder: Path, tiny: TinyBase) -> AdapterError:
@@ -147,23 +164,19 @@ def test_the_way_out_of_general_knowledge(llama: TinyBase, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("names", [None, [], ["gks_1"], ["task_0"], ["gks_0", "gks_0"], ["gks_0", "gks_1"], "gks_0"])
-def test_general_knowledge_that_is_not_there(names: object, llama: TinyBase, tmp_path: Path) -> None:
-    config = ArrowConfig(top_k=2, rng_seed=1, use_gks=True)
-    folder = make_arrow(llama.folder, tmp_path / "arrow", config, r=3, target_modules=["q_proj"])
-    edit_arrow(folder, use_gks=True, gks_adapter_names=names)
-    assert refusal(folder, llama).param == "gks_adapter_names"
+def test_general_knowledge_that_is_not_there(names: object, llama: TinyBase, general: Path) -> None:
+    edit_arrow(general, use_gks=True, gks_adapter_names=names)
+    assert refusal(general, llama).param == "gks_adapter_names"
 
 
-def test_general_knowledge_of_several(llama: TinyBase, tmp_path: Path) -> None:
+def test_general_knowledge_of_several(llama: TinyBase, general: Path) -> None:
     """Means of A and of B, not of the updates; and what is named must be of the experts' rank."""
-    config = ArrowConfig(top_k=2, rng_seed=1, use_gks=True)
-    folder = make_arrow(llama.folder, tmp_path / "arrow", config, r=3, scale=2.0, target_modules=["q_proj"])
-    make_lora(llama.folder, folder / "gks_1", seed=7, r=3, scale=2.0, target_modules=["q_proj"])
-    edit_arrow(folder, use_gks=True, gks_adapter_names=["gks_0", "gks_1"])
-    assert_parity(llama, folder)
-    shutil.rmtree(folder / "gks_1")
-    make_lora(llama.folder, folder / "gks_1", seed=7, r=2, target_modules=["q_proj"])
-    assert refusal(folder, llama).param == "r"
+    make_lora(llama.folder, general / "gks_1", seed=7, r=3, scale=2.0, target_modules=["q_proj"])
+    edit_arrow(general, use_gks=True, gks_adapter_names=["gks_0", "gks_1"])
+    assert_parity(llama, general)
+    shutil.rmtree(general / "gks_1")
+    make_lora(llama.folder, general / "gks_1", seed=7, r=2, target_modules=["q_proj"])
+    assert refusal(general, llama).param == "r"
 
 
 def test_prototypes_from_another_place_on_every_load(llama: TinyBase, tmp_path: Path) -> None:

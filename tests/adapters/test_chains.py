@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,15 @@ def test_links_need_no_merging(llama: TinyBase, tmp_path: Path) -> None:
     torch.testing.assert_close(together, PeftReference(made.model).logits(PROMPT), rtol=0, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def saved(tiny_base: Callable[[str], TinyBase], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed."""
+    return make_chain(tiny_base("llama").folder, tmp_path_factory.mktemp("saved") / "chain", CHAINS["plain"]).folder
+
+
 @pytest.fixture
-def chain(llama: TinyBase, tmp_path: Path) -> Path:
-    return make_chain(llama.folder, tmp_path / "chain", CHAINS["plain"]).folder
+def chain(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "chain")
 
 
 def declare(folder: Path, **fields: Any) -> None:

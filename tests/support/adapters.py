@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
-from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -15,7 +17,9 @@ import torch
 from peft import ArrowConfig, LoraConfig, PeftConfig, PeftModel, PeftType, create_arrow_model, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
+
+from tests.support.models import State, load_model, state_of
 
 
 def make_lora(base: Path, folder: Path, *, seed: int = 0, scale: float = 0.5, **lora_config: Any) -> Path:
@@ -27,16 +31,8 @@ def make_lora(base: Path, folder: Path, *, seed: int = 0, scale: float = 0.5, **
         scale: size of each site's update relative to its input; 0.5 changes the greedy tokens, the logits stay O(10).
         lora_config: fields of ``peft.LoraConfig``. ``task_type`` is CAUSAL_LM unless given.
     """
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(**{"task_type": "CAUSAL_LM", **lora_config})
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # peft warns of patterns without a match, of fan_in_fan_out on Conv1D, of saved embeddings: all meant here.
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        adapted = get_peft_model(model, config)
-        _randomise(adapted, scale)
-        _save(adapted, folder)
-    return folder
+    return _put(_made(base, state_of(base), pickle.dumps(config), seed, scale, _randomise), folder)
 
 
 def make_adapter(base: Path, folder: Path, config: PeftConfig, *, seed: int = 0, scale: float = 0.3) -> Path:
@@ -46,16 +42,34 @@ def make_adapter(base: Path, folder: Path, config: PeftConfig, *, seed: int = 0,
         seed: of the weights; other seeds give other adapters.
         scale: size of the noise on every trained parameter: enough to change the greedy tokens.
     """
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return _put(_made(base, state_of(base), pickle.dumps(config), seed, scale, _add_noise), folder)
+
+
+@lru_cache(maxsize=128)
+def _made(
+    base: Path, state: State, config: bytes, seed: int, scale: float, draw: Callable[[PeftModel, float], None]
+) -> dict[str, bytes]:
+    """What peft saves of a new adapter with drawn weights, by name of file. Kept: many tests change the same adapter.
+
+    Args:
+        state: of the base.
+        config: the pickled ``PeftConfig``.
+    """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        # peft warns of patterns without a match, of fan_in_fan_out on Conv1D, of saved embeddings: all meant here.
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, deepcopy(config))  # peft writes into it
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                fan = math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 1.0
-                parameter.add_(torch.randn_like(parameter) * scale / (fan if fan > 1 else 1.0))
-        _save(adapted, folder)
+        adapted = get_peft_model(load_model(base), pickle.loads(config))
+        draw(adapted, scale)
+        with TemporaryDirectory() as folder:
+            _save(adapted, Path(folder))
+            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def _put(files: dict[str, bytes], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     return folder
 
 
@@ -76,10 +90,10 @@ def make_arrow(base: Path, folder: Path, arrow: ArrowConfig, *, experts: int = 3
         str(make_lora(base, folder.parent / f"{folder.name}-{name}", seed=seed, lora_alpha=seed + 1, **lora_config))
         for seed, name in enumerate(names)
     ]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load_model(base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        create_arrow_model(model, paths[:experts], arrow, paths[experts:]).save_pretrained(str(folder))
+        _save(create_arrow_model(model, paths[:experts], arrow, paths[experts:]), folder)
     return folder
 
 
@@ -106,7 +120,7 @@ class PeftReference:
     """
 
     def __init__(self, base: Path, adapter: Path | None = None, task_id: int | None = None) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+        model: Any = load_model(base, eager=True)
         if adapter is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -171,8 +185,14 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[
     save_file({name: tensor.contiguous() for name, tensor in change(load(path.read_bytes())).items()}, path)
 
 
-@torch.no_grad()
-def _randomise(model: torch.nn.Module, scale: float) -> None:
+def _add_noise(adapted: PeftModel, scale: float) -> None:
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            fan = math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 1.0
+            parameter.add_(torch.randn_like(parameter) * scale / (fan if fan > 1 else 1.0))
+
+
+def _randomise(model: PeftModel, scale: float) -> None:
     """Give every site an update of size ``scale`` relative to its input, whatever the config's own scaling."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:

@@ -6,7 +6,9 @@ weights are large enough that the greedy tokens depend on the prompt, and the lo
 
 from __future__ import annotations
 
+import copy
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,31 @@ def tiny_model(arch: str, folder: Path, *, seed: int = 0, dtype: torch.dtype = t
         _randomise(model)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+State = tuple[tuple[str, int, int], ...]
+
+
+def state_of(folder: Path) -> State:
+    """Names, times and sizes of the files in ``folder``: equal as long as nobody writes there."""
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in files)
+
+
+def load_model(folder: Path, *, eager: bool = False) -> Any:
+    """The model in ``folder`` in fp32, as ``AutoModelForCausalLM`` loads it; a copy that the caller may change.
+
+    Args:
+        eager: with attention as the architecture writes it down, else as transformers chooses.
+    """
+    return copy.deepcopy(_loaded(folder, state_of(folder), eager))
+
+
+@lru_cache(maxsize=32)
+def _loaded(folder: Path, state: State, eager: bool) -> Any:
+    """Kept, since reading takes five times as long as copying."""
+    how = {"attn_implementation": "eager"} if eager else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
 
 
 @torch.no_grad()

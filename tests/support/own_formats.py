@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 from tests.support.adapters import edit_config, edit_tensors, make_lora
+from tests.support.models import load_model
 
 
 class Made(NamedTuple):
@@ -26,7 +26,7 @@ class Made(NamedTuple):
 
 
 def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return load_model(folder)
 
 
 def save(model: Any, folder: Path) -> Path:
