@@ -36,8 +36,8 @@ serve: $(INSTALLED) ## serve the demo, or ARGS="MODEL --adapter a=PATH", on PORT
 test: $(INSTALLED_DEV) ## run the tests that are not marked slow; ARGS go to pytest
 	@$(BIN)/pytest -m "not slow" $(PARALLEL) $(ARGS)
 
-test-all: $(INSTALLED_DEV) ## run every test
-	@$(BIN)/pytest $(PARALLEL) $(ARGS)
+test-all: $(INSTALLED_DEV) ## run every test, with new random examples
+	@$(BIN)/pytest --hypothesis-profile=random $(PARALLEL) $(ARGS)
 
 check: $(INSTALLED_DEV) $(TYPES) ## lint, format, types, import directions, ARCHITECTURE.md, kernels compiled ahead of time
 	@$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -19,6 +20,18 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # A default only: with a tiny model, threads cost more than they give, and the server under test is a second process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The same examples in every run, so that a change is judged by what it changes. New ones, of which those that fail are
+# kept and tried again, are drawn with --hypothesis-profile=random, as by `make test-all`.
+settings.register_profile("random", settings.get_profile("default"), deadline=None)
+settings.load_profile("ci")
+
+
+def pytest_runtest_call() -> None:
+    """Draws that name no seed do not depend on which tests ran before either."""
+    import torch  # not in front of the settings above
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
