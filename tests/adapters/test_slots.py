@@ -183,7 +183,7 @@ class SlotPoolMachine(RuleBasedStateMachine):
             assert all(one.equal(other) for one, other in zip(weights.values(), network.weights, strict=True))
 
 
-SlotPoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+SlotPoolMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
 TestSlotPool = SlotPoolMachine.TestCase
 
 

@@ -295,12 +295,12 @@ def test_the_cost_of_a_weighting_step_is_told(world: World) -> None:
     assert stats.refcounts == {"hub-0": 0, "hub-1": 0}
 
 
-def test_a_thousand_weightings_run_through_few_slots(world: World) -> None:
+def test_hundreds_of_weightings_run_through_few_slots(world: World) -> None:
     driver = world.driver(*(f"hub-{index}" for index in range(5)), max_adapters=8, max_num_seqs=16)
     rng = random.Random(4)
     streams, most, entries = [], 0, driver.engine.adapters._entries
-    for _ in range(10):
-        for _ in range(100):
+    for _ in range(6):
+        for _ in range(50):
             weights = {f"hub_{index}": rng.uniform(-1, 1) for index in rng.sample(range(5), rng.randint(1, 5))}
             streams.append(
                 add(driver, [5, 6, 7], composition(rng.choice(["linear", "lorahub"]), weights), max_tokens=2)
@@ -309,9 +309,9 @@ def test_a_thousand_weightings_run_through_few_slots(world: World) -> None:
         most = max(most, len(entries))
     assert all(stream.last is not None and stream.last.finish_reason == "length" for stream in streams)
     stats = driver.engine.stats()
-    assert stats.compositions >= 1000 and stats.slots_used <= 8 and most <= 5 + 8
+    assert stats.compositions >= 300 and stats.slots_used <= 8 and most <= 5 + 8
     assert set(stats.adapters) == {COMPOSED}
-    for stream in streams[::100]:
+    for stream in streams[::30]:
         assert_alone(stream, world.oracle(stream))
 
 

@@ -46,10 +46,16 @@ def test_modes(mode: str, llama: Zoo) -> None:
         assert_alone(stream, llama.oracles[stream.request.adapter])
 
 
+# Of every kind of positions and windows; tests/engine/test_parity.py has all architectures in chunks.
+UNLIKE = ("llama", "mistral", "gemma3", "gpt2", "opt")
+
+
 @pytest.mark.parametrize(
     "caching", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["prefix cache", "no prefix cache"]
 )
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=() if arch in UNLIKE else pytest.mark.slow) for arch in ARCHITECTURES]
+)
 def test_preemption_in_small_chunks(arch: str, caching: bool, zoo_of: Callable[[str], Zoo]) -> None:
     """Pages for a few rows and chunks of a few tokens: rows are preempted, recomputed, and say the same."""
     zoo = zoo_of(arch)
