@@ -46,10 +46,9 @@ def adapters(base: Path, home: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def server(base: Path, adapters: dict[str, Path], home: Path) -> Iterator[Serving]:
     """Serves the base as ``tiny`` with adapters a and b; c may be loaded."""
-    given = ["--adapter", f"a={adapters['a']}", "--lora-modules", "b=adapters/b"]
+    given = ["--adapter", f"a={adapters['a']}", "--lora-modules", "b=adapters/b", "--drain-timeout", "1"]
     with serving(home, base, *given, "--adapter-root", "adapters", "--state-dir", home / "state") as started:
         yield started
-        assert started.stop(signal.SIGINT) == 0
 
 
 def post_as_pasted(command: str) -> httpx.Response:
@@ -247,16 +246,15 @@ def test_a_model_that_is_not_there_ends_the_start(tmp_path: Path) -> None:
 
 
 def test_adapters_are_back_after_a_restart_and_streams_finish_before_the_end(
-    base: Path, adapters: dict[str, Path], tmp_path: Path
+    server: Serving, base: Path, home: Path
 ) -> None:
-    options = [base, "--state-dir", tmp_path / "state", "--served-model-name", "served"]
-    with serving(tmp_path, *options, "--adapter", f"a={adapters['a']}", "--drain-timeout", "1") as first:
-        text = first.complete("a")
-        key = (tmp_path / "state" / "admin.key").read_text().strip()
-        assert key in first.stdout
-        assert "[DONE]" not in stop_during(first, slow_stream)  # the drain has a deadline
+    """The last test of ``server``, which ends here."""
+    text = server.complete("a")
+    key = (home / "state" / "admin.key").read_text().strip()
+    assert key in server.stdout
+    assert "[DONE]" not in stop_during(server, slow_stream, signal.SIGINT)  # the drain has a deadline
 
-    with serving(tmp_path, *options) as second:
+    with serving(home, base, "--state-dir", home / "state") as second:
         assert key not in second.stdout  # printed once, then only kept
         assert second.complete("a") == text
         received = stop_during(second, stream)
@@ -266,20 +264,22 @@ def test_adapters_are_back_after_a_restart_and_streams_finish_before_the_end(
     assert "Traceback" not in second.stderr
 
 
-def stop_during(server: Serving, client: Callable[[Serving, list[str]], None]) -> list[str]:
+def stop_during(
+    server: Serving, client: Callable[[Serving, list[str]], None], number: signal.Signals = signal.SIGTERM
+) -> list[str]:
     """What ``client`` receives where the server is told to stop after the first event."""
     received: list[str] = []
     streaming = threading.Thread(target=client, args=(server, received))
     streaming.start()
     while not received:
         time.sleep(0.01)
-    assert server.stop() == 0
+    assert server.stop(number) == 0
     streaming.join(10)
     return received
 
 
 def stream(server: Serving, received: list[str], prompt: str | list[str] = "Hello", max_tokens: int = 100) -> None:
-    body = {"model": "served", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     url = f"{server.url}/v1/completions"
     with suppress(httpx.HTTPError), httpx.stream("POST", url, json=body, timeout=60) as reply:
         received.extend(line.removeprefix("data: ") for line in reply.iter_lines() if line)
