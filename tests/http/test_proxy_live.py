@@ -42,7 +42,7 @@ PADDING = 24
 """Logits of the small model beyond the vocabulary."""
 PROXY = {"expert": {"model": "small", "adapter": "x"}, "anti_expert": {"model": "small"}}
 XY = {"adapters": [{"id": "x", "weight": 0.5}, {"id": "y", "weight": -1}], "combination": "linear"}
-MANY = 80
+MANY = 160
 """Tokens of requests that are still under way when something else has happened."""
 
 
