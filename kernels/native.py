@@ -65,12 +65,24 @@ def available(source: str) -> bool:
 
 @functools.cache
 def function(source: str, name: str, *arguments: Any) -> Callable[..., int]:
-    """A function of a library that is available, which takes arguments of these ctypes and returns an int."""
+    """A function of a library that is available, which takes arguments of these ctypes.
+
+    What it returns says how it ended, 0 being well, unless it cannot fail and returns nothing that means anything.
+    Torch's profiler sees its calls, as it sees those of torch's own operators.
+    """
     found = compiled(source)
     assert isinstance(found, ctypes.CDLL), "asked for without asking whether it is there"
     loaded = found[name]
     loaded.argtypes = arguments
-    return loaded
+
+    def call(*values: Any) -> int:
+        if not torch.autograd._profiler_enabled():
+            ended: int = loaded(*values)
+            return ended
+        with torch.profiler.record_function(f"{Path(source).parent.name}::{name}"):
+            return int(loaded(*values))
+
+    return call
 
 
 def threads(elements: int) -> int:

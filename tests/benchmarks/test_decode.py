@@ -11,4 +11,7 @@ def test_it_prints_rates_of_prefill_and_decoding(run_script: Callable[..., str])
         for what in ("prefill", "decode "):
             assert re.search(rf"^{kind} +{what} +\d+ tok/s", printed, re.MULTILINE), printed
         assert f"{kind}, operators of a decoding step" in printed
-    assert "mixed / base, decode: " in printed and "aten::mm" in printed
+    assert "mixed / base, decode: " in printed
+    # Who computes the linears of the base depends on the processor.
+    assert "packed_linear::linear" in printed or "aten::mm" in printed
+    assert "paged_attention::decode" in printed and "grouped_lora::grouped_lora" in printed
