@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +77,10 @@ def function(source: str, name: str, *arguments: Any) -> Callable[..., int]:
     loaded.argtypes = arguments
 
     def call(*values: Any) -> int:
-        if not torch.autograd._profiler_enabled():
+        if not profiler._is_profiler_enabled:
             ended: int = loaded(*values)
             return ended
-        with torch.profiler.record_function(f"{Path(source).parent.name}::{name}"):
+        with profiler.record_function(f"{Path(source).parent.name}::{name}"):
             return int(loaded(*values))
 
     return call
