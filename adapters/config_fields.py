@@ -107,7 +107,7 @@ class ConfigFields:
             raise AdapterUnsupported(f"config fields without a meaning here: {', '.join(names)}", param=names[0])
 
     def flag(self, name: str, default: bool = False) -> bool:
-        # The libraries ask whether a field is true: null is False to them, whatever the default.
+        # The libraries ask whether a field is true, so null is False to them: refused where that is not the default.
         value = self._take(name, default, null=not default)
         if not isinstance(value, bool):
             raise _wrong(name, value, "true or false")

@@ -13,14 +13,18 @@ from .reference import heads_of_tokens
 
 
 @triton.jit
-def rotate(y, x, c_low, c_high, s_low, s_high, low, high, inside):
-    """Both halves of some heads, the second from the first element of each."""
-    a = tl.load(x + low, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + high, mask=inside, other=0.0).to(tl.float32)
+def rotate(y, x, head, heads, half, stride_head, stride_token, token, i, c_low, c_high, s_low, s_high):
+    """Both halves of some heads of one tensor at one token."""
+    inside = (head < heads) & (i < half)
+    low = x + head * stride_head + token * stride_token + i
+    a = tl.load(low, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(low + half, mask=inside, other=0.0).to(tl.float32)
     dtype = y.dtype.element_ty
     first = (a * c_low).to(dtype).to(tl.float32) + (-b * s_low).to(dtype).to(tl.float32)
     second = (b * c_high).to(dtype).to(tl.float32) + (a * s_high).to(dtype).to(tl.float32)
-    return first.to(dtype), second.to(dtype)
+    to = y + (token * heads + head) * 2 * half + i
+    tl.store(to, first.to(dtype), mask=inside)
+    tl.store(to + half, second.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -50,22 +54,13 @@ def rotary_kernel(
     s_low = tl.load(sin + angle, mask=i < half, other=0.0).to(tl.float32)
     s_high = tl.load(sin + angle + half, mask=i < half, other=0.0).to(tl.float32)
     blocks = tl.cdiv(heads, BLOCK_H)
+    head = tl.arange(0, BLOCK_H)[:, None]
     if block < blocks:
-        head = (block * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
-        inside = (head < heads) & (i < half)
-        low = head * q_stride_head + token * q_stride_token + i
-        first, second = rotate(q_out, q, c_low, c_high, s_low, s_high, low, low + half, inside)
-        to = (token * heads + head) * 2 * half + i
-        tl.store(q_out + to, first, mask=inside)
-        tl.store(q_out + to + half, second, mask=inside)
+        head += block * BLOCK_H
+        rotate(q_out, q, head, heads, half, q_stride_head, q_stride_token, token, i, c_low, c_high, s_low, s_high)
     else:
-        head = ((block - blocks) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
-        inside = (head < kv_heads) & (i < half)
-        low = head * k_stride_head + token * k_stride_token + i
-        first, second = rotate(k_out, k, c_low, c_high, s_low, s_high, low, low + half, inside)
-        to = (token * kv_heads + head) * 2 * half + i
-        tl.store(k_out + to, first, mask=inside)
-        tl.store(k_out + to + half, second, mask=inside)
+        head += (block - blocks) * BLOCK_H
+        rotate(k_out, k, head, kv_heads, half, k_stride_head, k_stride_token, token, i, c_low, c_high, s_low, s_high)
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
