@@ -86,9 +86,19 @@ def function(source: str, name: str, *arguments: Any) -> Callable[..., int]:
     return call
 
 
+def has_tiles(source: str) -> bool:
+    """Whether there is a library for this source, which includes `tiles.h`, and this process may use the tiles."""
+    return available(source) and _tiles_permitted(source)
+
+
 def threads(elements: int) -> int:
     """How many threads are to pass over as many elements: all or one, for OpenMP ends those that a team leaves out."""
     return torch.get_num_threads() if elements > ONE_THREAD else 1
+
+
+@functools.cache
+def _tiles_permitted(source: str) -> bool:
+    return function(source, "tiles_permitted")() == 0
 
 
 @functools.cache
@@ -114,7 +124,7 @@ def _digest(path: Path, command: list[str]) -> str:
     """Of all that the library follows from, the processor included: a home may be shared by several machines."""
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     content = hashlib.sha256("\0".join([*command, version, *FLAGS, _processor()]).encode())
-    for file in (path, *sorted(FOLDER.glob("*.h"))):
+    for file in (path, *sorted(FOLDER.rglob("*.h"))):
         content.update(file.read_bytes())
     return content.hexdigest()[:16]
 

@@ -17,7 +17,7 @@ from weft.kernels.dispatch import backend
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
 
-from . import rows
+from . import native
 from .packed import PackedWeights, grouped_lora_packed, pack
 
 __all__ = ["PackedWeights", "grouped_lora", "grouped_lora_packed", "pack"]
@@ -46,8 +46,8 @@ def grouped_lora(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGrou
         from .triton import grouped_lora as launch
 
         launch(y, x, a, b, groups)
-    elif rows.supported(y, x, groups):
-        rows.grouped_lora_rows(y, x, a, b, groups)
+    elif native.supported(y, x, groups):
+        native.grouped_lora_native(y, x, a, b, groups)
     else:
         grouped_lora_packed(y, x, packing(a, b, groups.active), groups)
 

@@ -3,21 +3,10 @@
 #include <stddef.h>
 #include <stdlib.h>
 
+#include "grouped_lora/lora.h"
 #include "vectors.h"
 
 enum { TOGETHER = 4, WIDE = 4 * LANES };
-
-typedef struct {
-    void *y;
-    const void *x, *a, *b;           /* a: [pool rows, in], b: [pool rows, out] */
-    const int32_t *table_a, *table_b; /* rows of the pools, by slot */
-    const int32_t *order;             /* rows of the batch, sorted by slot */
-    const int32_t *segments;          /* [segments, 4]: slot, start and stop in `order`, rank */
-    float *h;                         /* [rows in `order`, most_rank], made here */
-    int segments_count, rows, inputs, outputs, most_rank;
-    ptrdiff_t stride_x, stride_y, stride_table_a, stride_table_b; /* elements */
-    int kind, threads;
-} Lora;
 
 INLINE int parts_of(int count, int size) { return (count + size - 1) / size; }
 
@@ -111,12 +100,13 @@ typedef struct {
     float *h;
 } Block;
 
-INLINE Block block_of(const Lora *in, const int32_t *segment, int index) {
+INLINE Block block_of(const Lora *in, float *h, const int32_t *segment, int index) {
     const int first = segment[1] + index * TOGETHER, left = segment[2] - first;
-    return (Block){in->order + first, left < TOGETHER ? left : TOGETHER, in->h + (size_t)first * in->most_rank};
+    return (Block){in->order + first, left < TOGETHER ? left : TOGETHER, h + (size_t)first * in->most_rank};
 }
 
-INLINE void run(const Lora *in, Kind kind) {
+/* h: [rows in `order`, most_rank] */
+INLINE void run(const Lora *in, float *h, Kind kind) {
     const int parts = parts_of(in->outputs, WIDE);
 #pragma omp parallel num_threads(in->threads)
     {
@@ -126,7 +116,7 @@ INLINE void run(const Lora *in, Kind kind) {
             const int rank = segment[3], blocks = parts_of(segment[2] - segment[1], TOGETHER), ranks = parts_of(rank, TOGETHER);
             const Share own = share_of((int64_t)blocks * ranks, id, threads);
             for (int64_t item = own.from; item < own.to; item++) {
-                const Block block = block_of(in, segment, item / ranks);
+                const Block block = block_of(in, h, segment, item / ranks);
                 const int j = item % ranks * TOGETHER;
                 shrink(in, block.rows, block.count, table + j, rank - j < TOGETHER ? rank - j : TOGETHER, block.h + j, kind);
             }
@@ -137,7 +127,7 @@ INLINE void run(const Lora *in, Kind kind) {
             const int blocks = parts_of(segment[2] - segment[1], TOGETHER);
             const Share own = share_of((int64_t)blocks * parts, id, threads);
             for (int64_t item = own.from; item < own.to; item++) {
-                const Block block = block_of(in, segment, item % blocks);
+                const Block block = block_of(in, h, segment, item % blocks);
                 expand(in, block.rows, block.count, table, segment[3], block.h, item / blocks * WIDE, kind);
             }
         }
@@ -145,14 +135,13 @@ INLINE void run(const Lora *in, Kind kind) {
 }
 
 /* 0: done; 1: there is no memory for the inner vectors. */
-int grouped_lora(const Lora *asked) {
-    Lora in = *asked;
-    in.h = malloc(sizeof(float) * in.rows * in.most_rank);
-    if (!in.h) return 1;
-    if (in.kind == BF16)
-        run(&in, BF16);
+int lora_of_rows(const Lora *in) {
+    float *h = malloc(sizeof(float) * in->rows * in->most_rank);
+    if (!h) return 1;
+    if (in->kind == BF16)
+        run(in, h, BF16);
     else
-        run(&in, FP32);
-    free(in.h);
+        run(in, h, FP32);
+    free(h);
     return 0;
 }

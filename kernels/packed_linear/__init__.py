@@ -23,11 +23,7 @@ FEW_ROWS = 512
 
 def supported(weight: Tensor) -> bool:
     """Whether a linear with this weight can be packed here: bf16 on a CPU that has tiles, and a compiler for them."""
-    return weight.is_cpu and weight.dtype == torch.bfloat16 and weight.ndim == 2 and _permitted()
-
-
-def _permitted() -> bool:
-    return native.available(SOURCE) and native.function(SOURCE, "amx_permitted")() == 0
+    return weight.is_cpu and weight.dtype == torch.bfloat16 and weight.ndim == 2 and native.has_tiles(SOURCE)
 
 
 @dataclass(frozen=True, eq=False)
