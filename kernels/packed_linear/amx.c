@@ -9,7 +9,9 @@
 #include <omp.h>
 #include <stdlib.h>
 
-enum { CACHED = 1 << 20 };
+/* Bytes of x that stay in the second-level cache; rows of a thread from which on threads share rows, not outputs; blocks of
+ * outputs that are written before the next rows. */
+enum { CACHED = 1 << 19, MANY = 128, ABREAST = 4 };
 
 /* One tile of W from output `row` and input `column` on; W[n, k] lies at n * stride_n + k * stride_k elements. */
 static void pack_tile(const uint16_t *w, uint16_t *tile, int row, int column, int outputs, int inputs, ptrdiff_t stride_n,
@@ -39,52 +41,114 @@ void pack_weight(const uint16_t *w, uint16_t *packed, int outputs, int inputs, p
                           inputs, stride_n, stride_k);
 }
 
-static void put(const float *sums, const uint16_t *bias, uint16_t *y, int rows, int outputs, ptrdiff_t stride) {
-    const __mmask32 used = outputs >= 32 ? ~0u : (1u << outputs) - 1;
+typedef struct {
+    const uint16_t *x, *packed, *bias; /* x: [rows, inputs] */
+    uint16_t *y;                       /* [rows, outputs] */
+    int rows, inputs, outputs, threads;
+} Linear;
+
+/* 32 columns of y from output n on, for as many rows as there are. */
+static void put(const Linear *in, const float *sums, int row, int rows, int n) {
+    const int left = in->outputs - n;
+    const __mmask32 used = left >= 32 ? ~0u : (1u << left) - 1;
+    uint16_t *y = in->y + (size_t)row * in->outputs + n;
     __m512 low = _mm512_setzero_ps(), high = low;
-    if (bias) {
-        const __m512i both = _mm512_maskz_loadu_epi16(used, bias);
+    if (in->bias) {
+        const __m512i both = _mm512_maskz_loadu_epi16(used, in->bias + n);
         low = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), 16));
         high = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1)), 16));
     }
-    for (int row = 0; row < rows; row++) {
-        const __m512 a = _mm512_add_ps(_mm512_load_ps(sums + row * SIDE), low);
-        const __m512 b = _mm512_add_ps(_mm512_load_ps(sums + row * SIDE + 16), high);
-        _mm512_mask_storeu_epi16(y + row * stride, used, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    for (int k = 0; k < rows; k++, y += in->outputs) {
+        const __m512 a = _mm512_add_ps(_mm512_load_ps(sums + k * SIDE), low);
+        const __m512 b = _mm512_add_ps(_mm512_load_ps(sums + k * SIDE + 16), high);
+        _mm512_mask_storeu_epi16(y, used, (__m512i)_mm512_cvtne2ps_pbh(b, a));
     }
 }
 
-/* x: [rows, inputs], y: [rows, outputs]. 0: done; 1: there is no memory for x as tiles. */
-int linear(const uint16_t *x, const uint16_t *packed, const uint16_t *bias, uint16_t *y, int rows, int inputs, int outputs,
-           int threads) {
-    const int steps = blocks(inputs), row_blocks = blocks(rows), output_blocks = blocks(outputs);
-    uint16_t *tiles = aligned_alloc(64, sizeof(uint16_t) * row_blocks * steps * PAIR);
+/* Where the tiles of a row begin, which is the first of 16. */
+static uint16_t *at(const Linear *in, uint16_t *tiles, int row) {
+    return tiles + (size_t)(row / SIDE) * blocks(in->inputs) * PAIR + row % SIDE / 16 * TILE;
+}
+
+/* 16 rows from `first` on as tiles. */
+static void pack(const Linear *in, int first, uint16_t *to) {
+    pack_rows(in->x + (size_t)first * in->inputs, in->inputs, NULL, in->rows - first, in->inputs, to);
+}
+
+/* The outputs of the blocks [from, to) for `count` rows from `first` on, which are there as tiles. Some outputs of one
+ * row are written before the next row's: rows of y lie in different pages. */
+static void multiply_rows(const Linear *in, const uint16_t *tiles, int first, int count, int from, int to) {
+    const size_t block = (size_t)blocks(in->inputs) * PAIR;
+    float sums[SIDE * SIDE] __attribute__((aligned(64)));
+    for (int n0 = from; n0 < to; n0 += ABREAST)
+        for (int row = 0; row < count; row += SIDE)
+            for (int n = n0; n < to && n < n0 + ABREAST; n++) {
+                const int rows = count - row < SIDE ? count - row : SIDE;
+                multiply(tiles + row / SIDE * block, in->packed + n * block, blocks(in->inputs), rows > 16, 1,
+                         row ? PAIR : AHEAD, sums);
+                put(in, sums, first + row, rows, n * SIDE);
+            }
+}
+
+/* Rows that stay in the second-level cache as tiles while the weights pass by. */
+static int rows_in_cache(int inputs) {
+    const int fit = CACHED / (blocks(inputs) * PAIR * (int)sizeof(uint16_t));
+    return SIDE * (fit > 0 ? fit : 1);
+}
+
+static uint16_t *room_for(int rows, int inputs) {
+    return aligned_alloc(64, sizeof(uint16_t) * blocks(rows) * blocks(inputs) * PAIR);
+}
+
+/* Few rows: every thread has outputs of its own, so that it reads its part of the weights once. */
+static int by_outputs(const Linear *in) {
+    const int together = rows_in_cache(in->inputs), all = blocks(in->outputs);
+    uint16_t *tiles = room_for(in->rows, in->inputs);
     if (!tiles) return 1;
-    /* Rows that stay in the second-level cache while the weights pass by. */
-    const int fit = CACHED / (steps * PAIR * (int)sizeof *tiles), together = fit > 0 ? fit : 1;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(in->threads)
     {
-        float sums[SIDE * SIDE] __attribute__((aligned(64)));
         const int id = omp_get_thread_num(), count = omp_get_num_threads();
-        const int from = (int)((int64_t)output_blocks * id / count), to = (int)((int64_t)output_blocks * (id + 1) / count);
 #pragma omp for
-        for (int first = 0; first < rows; first += 16) {
-            uint16_t *half = tiles + (size_t)(first / SIDE) * steps * PAIR + (first % SIDE ? TILE : 0);
-            pack_rows(x + (size_t)first * inputs, inputs, NULL, rows - first, inputs, half);
-        }
+        for (int first = 0; first < in->rows; first += 16) pack(in, first, at(in, tiles, first));
         configure();
-        for (int m0 = 0; m0 < row_blocks; m0 += together)
-            for (int n = from; n < to; n++)
-                for (int m = m0; m < row_blocks && m < m0 + together; m++) {
-                    const int left = rows - m * SIDE;
-                    multiply(tiles + (size_t)m * steps * PAIR, packed + (size_t)n * steps * PAIR, steps, left > 16, 1,
-                             m == m0 ? AHEAD : PAIR, sums);
-                    put(sums, bias ? bias + n * SIDE : NULL, y + (size_t)m * SIDE * outputs + n * SIDE,
-                        left < SIDE ? left : SIDE, outputs - n * SIDE, outputs);
-                }
+        for (int first = 0; first < in->rows; first += together) {
+            const int left = in->rows - first;
+            multiply_rows(in, at(in, tiles, first), first, left < together ? left : together,
+                          (int)((int64_t)all * id / count), (int)((int64_t)all * (id + 1) / count));
+        }
         _tile_release();
     }
     free(tiles);
     return 0;
+}
+
+/* Many rows: every thread has rows of its own, which never leave its cache as tiles. */
+static int by_rows(const Linear *in) {
+    const int together = rows_in_cache(in->inputs);
+    int failed = 0;
+#pragma omp parallel num_threads(in->threads) reduction(| : failed)
+    {
+        const int64_t id = omp_get_thread_num(), count = omp_get_num_threads(), all = blocks(in->rows);
+        const int from = (int)(all * id / count) * SIDE, end = (int)(all * (id + 1) / count) * SIDE;
+        const int to = end < in->rows ? end : in->rows;
+        uint16_t *tiles = room_for(together, in->inputs);
+        failed = !tiles;
+        configure();
+        for (int first = from; !failed && first < to; first += together) {
+            const int some = to - first < together ? to - first : together;
+            for (int row = 0; row < some; row += 16) pack(in, first + row, at(in, tiles, row));
+            multiply_rows(in, tiles, first, some, 0, blocks(in->outputs));
+        }
+        _tile_release();
+        free(tiles);
+    }
+    return failed;
+}
+
+/* 0: done; 1: there is no memory for x as tiles. */
+int linear(const uint16_t *x, const uint16_t *packed, const uint16_t *bias, uint16_t *y, int rows, int inputs, int outputs,
+           int threads) {
+    const Linear in = {x, packed, bias, y, rows, inputs, outputs, threads};
+    return rows < MANY * threads ? by_outputs(&in) : by_rows(&in);
 }
 #endif
