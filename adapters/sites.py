@@ -115,12 +115,18 @@ class LinearSite(_Site):
             return self._base(x)
         rows = x.reshape(-1, x.shape[-1])
         if parts <= LOW_RANK:  # what most adapters are: no need to look for the rest
-            y = self._base(x)
-            self._add_low_rank(y.view(-1, y.shape[-1]), rows, groups)
-            return y
+            return self._with_low_rank(x, rows, groups)
         rows = self._joined(rows, groups)
         y = self._base(self._input(rows, groups).view_as(x))
         self._add_adapters(y.view(-1, y.shape[-1]), rows, groups)
+        return y
+
+    def _with_low_rank(self, x: torch.Tensor, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        if self._few_rows is not None and len(rows) <= FEW_ROWS:
+            a, b = self._active(Part.A, groups), self._pool.rows(self._path, Part.B)
+            return self._few_rows(x, None if a is None or b is None else (a, b, groups))
+        y = self._base(x)
+        self._add_low_rank(y.view(-1, y.shape[-1]), rows, groups)
         return y
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ added to y in fp32 and rounded once to y's dtype, where peft rounds twice more (
 scale, which is folded into B here). Rows of slot -1 and rows whose slot has rank 0 are left as they are, bit for bit.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from weft.kernels.slot_rows import SlotRows
 from . import native
 from .packed import PackedWeights, grouped_lora_packed, pack
 
-__all__ = ["PackedWeights", "grouped_lora", "grouped_lora_packed", "pack"]
+__all__ = ["PackedWeights", "grouped_lora", "grouped_lora_packed", "in_passing", "pack"]
 
 Pack = Callable[[SlotRows, SlotRows, Sequence[int]], PackedWeights]
 
@@ -50,6 +51,21 @@ def grouped_lora(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGrou
         native.grouped_lora_native(y, x, a, b, groups)
     else:
         grouped_lora_packed(y, x, packing(a, b, groups.active), groups)
+
+
+def in_passing(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> ctypes.Structure | None:
+    """`grouped_lora` as an argument of a kernel in C that computes y, and includes `rows.h`.
+
+    Returns:
+        None where these rows are done in another way, or no row has anything to add.
+
+    Raises:
+        ValueError: as `grouped_lora`.
+    """
+    if not groups.active:
+        return None
+    _check(y, x, a, b, groups)
+    return native.in_passing(y, x, a, b, groups)
 
 
 def _check(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> None:

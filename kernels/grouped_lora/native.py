@@ -36,7 +36,7 @@ def supported(y: Tensor, x: Tensor, groups: RowGroups) -> bool:
     if y.dtype not in native.KINDS or not y.stride(1) == x.stride(1) == 1 or not native.available(ROWS):
         return False
     most = groups.plan("most rows", lambda: max(stop - start for _, start, stop in groups.segments))
-    return most <= FEW_ROWS or _tiles(y)
+    return most <= FEW_ROWS or _tiles(y.dtype)
 
 
 def grouped_lora_native(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> None:
@@ -45,35 +45,24 @@ def grouped_lora_native(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: 
     Raises:
         MemoryError: there is none for what lies between x and y.
     """
-    tiles = _tiles(y)
-    for call in groups.plan(("ranked", a.host_counts, tiles), lambda: _calls(groups, a.host_counts, tiles)):
-        arguments = _Lora(
-            y.data_ptr(),
-            x.data_ptr(),
-            a.pool.data_ptr(),
-            b.pool.data_ptr(),
-            a.table.data_ptr(),
-            b.table.data_ptr(),
-            groups.order.data_ptr(),
-            call.segments.data_ptr(),
-            len(call.segments),
-            groups.num_adapted,
-            a.width,
-            b.width,
-            call.most_rank,
-            x.stride(0),
-            y.stride(0),
-            a.table.stride(0),
-            b.table.stride(0),
-            native.KINDS[y.dtype],
-            torch.get_num_threads(),
-        )
+    for call in _calls(y.dtype, a, groups):
+        arguments = _arguments(call, y, x, a, b, groups)
         if native.function(call.source, call.name, ctypes.c_void_p)(ctypes.addressof(arguments)):
             raise MemoryError(f"no memory for the inner vectors of {groups.num_adapted} rows")
 
 
-def _tiles(y: Tensor) -> bool:
-    return y.dtype == torch.bfloat16 and native.has_tiles(TILES)
+def in_passing(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> ctypes.Structure | None:
+    """The same as an argument of a kernel that includes `rows.h`; None where that is not the way for these rows."""
+    if not supported(y, x, groups):
+        return None
+    calls = _calls(y.dtype, a, groups)
+    if len(calls) != 1 or calls[0].source != ROWS:
+        return None
+    return _arguments(calls[0], y, x, a, b, groups)
+
+
+def _tiles(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and native.has_tiles(TILES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +75,38 @@ class _Call:
     most_rank: int
 
 
-def _calls(groups: RowGroups, ranks: Sequence[int], tiles: bool) -> list[_Call]:
-    """Those of few rows by vectors, those of many by tiles where there are any; none for slots without a rank."""
+def _arguments(call: _Call, y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> _Lora:
+    return _Lora(
+        y.data_ptr(),
+        x.data_ptr(),
+        a.pool.data_ptr(),
+        b.pool.data_ptr(),
+        a.table.data_ptr(),
+        b.table.data_ptr(),
+        groups.order.data_ptr(),
+        call.segments.data_ptr(),
+        len(call.segments),
+        groups.num_adapted,
+        a.width,
+        b.width,
+        call.most_rank,
+        x.stride(0),
+        y.stride(0),
+        a.table.stride(0),
+        b.table.stride(0),
+        native.KINDS[y.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def _calls(dtype: torch.dtype, a: SlotRows, groups: RowGroups) -> list[_Call]:
+    """What serves these rows, the same for all sites whose adapters have the same ranks."""
+    tiles = _tiles(dtype)
+    return groups.plan(("ranked", a.host_counts, tiles), lambda: _plan(groups, a.host_counts, tiles))
+
+
+def _plan(groups: RowGroups, ranks: Sequence[int], tiles: bool) -> list[_Call]:
+    """Slots of few rows by vectors, those of many by tiles where there are any; none for slots without a rank."""
     ranked = [(*segment, ranks[segment[0]]) for segment in groups.segments if ranks[segment[0]]]
     many = [segment for segment in ranked if tiles and segment[2] - segment[1] >= TILE_ROWS]
     few = [segment for segment in ranked if segment not in many]

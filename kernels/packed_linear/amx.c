@@ -3,6 +3,7 @@
  * W is kept as tiles, in the order in which they are read: for every 32 outputs, for every 32 inputs, a pair of tiles. So a
  * product of few rows reads memory once, in order.
  */
+#include "grouped_lora/rows.h"
 #include "tiles.h"
 
 #ifdef TILES
@@ -66,7 +67,7 @@ static void put(const Linear *in, const float *sums, int row, int rows, int n) {
 }
 
 /* Where the tiles of a row begin, which is the first of 16. */
-static uint16_t *at(const Linear *in, uint16_t *tiles, int row) {
+static uint16_t *tiles_of(const Linear *in, uint16_t *tiles, int row) {
     return tiles + (size_t)(row / SIDE) * blocks(in->inputs) * PAIR + row % SIDE / 16 * TILE;
 }
 
@@ -100,23 +101,27 @@ static uint16_t *room_for(int rows, int inputs) {
     return aligned_alloc(64, sizeof(uint16_t) * blocks(rows) * blocks(inputs) * PAIR);
 }
 
-/* Few rows: every thread has outputs of its own, so that it reads its part of the weights once. */
-static int by_outputs(const Linear *in) {
+/* Few rows: every thread has outputs of its own, so that it reads its part of the weights once. What adapters add to these
+ * comes in the same go. h: as in rows.h, if there are such. */
+static int by_outputs(const Linear *in, const Lora *lora, float *h) {
     const int together = rows_in_cache(in->inputs), all = blocks(in->outputs);
     uint16_t *tiles = room_for(in->rows, in->inputs);
     if (!tiles) return 1;
 #pragma omp parallel num_threads(in->threads)
     {
         const int id = omp_get_thread_num(), count = omp_get_num_threads();
+        const Share own = share_of(parts_of(in->outputs, WIDE), id, count);
+        const int from = (int)own.from * (WIDE / SIDE), end = (int)own.to * (WIDE / SIDE), to = end < all ? end : all;
+        if (lora) shrink_share(lora, h, id, count, BF16);
 #pragma omp for
-        for (int first = 0; first < in->rows; first += 16) pack(in, first, at(in, tiles, first));
+        for (int first = 0; first < in->rows; first += 16) pack(in, first, tiles_of(in, tiles, first));
         configure();
         for (int first = 0; first < in->rows; first += together) {
             const int left = in->rows - first;
-            multiply_rows(in, at(in, tiles, first), first, left < together ? left : together,
-                          (int)((int64_t)all * id / count), (int)((int64_t)all * (id + 1) / count));
+            multiply_rows(in, tiles_of(in, tiles, first), first, left < together ? left : together, from, to);
         }
         _tile_release();
+        if (lora) expand_share(lora, h, own, BF16);
     }
     free(tiles);
     return 0;
@@ -136,7 +141,7 @@ static int by_rows(const Linear *in) {
         configure();
         for (int first = from; !failed && first < to; first += together) {
             const int some = to - first < together ? to - first : together;
-            for (int row = 0; row < some; row += 16) pack(in, first + row, at(in, tiles, row));
+            for (int row = 0; row < some; row += 16) pack(in, first + row, tiles_of(in, tiles, row));
             multiply_rows(in, tiles, first, some, 0, blocks(in->outputs));
         }
         _tile_release();
@@ -145,10 +150,19 @@ static int by_rows(const Linear *in) {
     return failed;
 }
 
-/* 0: done; 1: there is no memory for x as tiles. */
+/* lora: what adapters add, or NULL. 0: done; 1: there is no memory for what lies between x and y. */
 int linear(const uint16_t *x, const uint16_t *packed, const uint16_t *bias, uint16_t *y, int rows, int inputs, int outputs,
-           int threads) {
+           int threads, const Lora *lora) {
     const Linear in = {x, packed, bias, y, rows, inputs, outputs, threads};
-    return rows < MANY * threads ? by_outputs(&in) : by_rows(&in);
+    float *h = lora ? malloc(sizeof(float) * lora->rows * lora->most_rank) : NULL;
+    int failed = lora && !h;
+    if (!failed && rows < MANY * threads) {
+        failed = by_outputs(&in, lora, h);
+    } else if (!failed) {
+        failed = by_rows(&in);
+        if (lora && !failed) lora_in_team(lora, h, BF16);
+    }
+    free(h);
+    return failed;
 }
 #endif

@@ -13,5 +13,6 @@ def test_it_prints_rates_of_prefill_and_decoding(run_script: Callable[..., str])
         assert f"{kind}, operators of a decoding step" in printed
     assert "mixed / base, decode: " in printed
     # Who computes the linears of the base depends on the processor.
-    assert "packed_linear::linear" in printed or "aten::mm" in printed
-    assert "paged_attention::decode" in printed and "grouped_lora::grouped_lora" in printed
+    assert "paged_attention::decode" in printed
+    # Where there are matrix tiles, few rows' adapters are served in the linear's own call.
+    assert "packed_linear::linear" in printed or ("aten::mm" in printed and "grouped_lora::lora_of_rows" in printed)

@@ -3,8 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weft.kernels.grouped_lora.reference import grouped_lora as reference_lora
+from weft.kernels.groups import RowGroups
 from weft.kernels.packed_linear import PackedLinear, reference, supported
-from weft.kernels.testing import assert_close, without_c
+from weft.kernels.testing import assert_close, random_factors, without_c
 
 ROWS = st.integers(0, 100) | st.integers(128, 700)  # with few, threads share the outputs
 WEIGHT = torch.zeros(4, 4, dtype=torch.bfloat16)
@@ -25,6 +27,30 @@ def test_agrees_with_the_reference(
     y = PackedLinear.pack(weight, bias)(x)
     assert y.shape == (2, rows, outputs)
     assert_close(y, reference.linear(x, weight, bias))
+
+
+@needs_tiles
+@given(
+    rows=st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 20)), max_size=40),
+    ranks=st.lists(st.integers(0, 40), min_size=4, max_size=4),
+    widths=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    biased=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_what_adapters_add_comes_in_the_same_call(
+    rows: list[tuple[int, int]], ranks: list[int], widths: tuple[int, int], biased: bool
+) -> None:
+    slots = [slot for slot, count in rows for _ in range(count)]
+    groups, factors = RowGroups.build(slots, "cpu"), random_factors(ranks, *widths, torch.bfloat16)
+    x, weight = torch.randn(len(slots), widths[0]).bfloat16(), torch.randn(widths[1], widths[0]).bfloat16()
+    bias = torch.randn(widths[1]).bfloat16() if biased else None
+    linear = PackedLinear.pack(weight, bias)
+    expected = linear(x)
+    untouched = [row for row, slot in enumerate(slots) if slot < 0 or not ranks[slot]]
+    y = linear(x, (*factors, groups))
+    assert torch.equal(y[untouched].view(torch.int16), expected[untouched].view(torch.int16))
+    reference_lora(expected, x, *factors, groups)
+    assert_close(y, expected)
 
 
 @needs_tiles
