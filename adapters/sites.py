@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from weft.adapters.base import Base
+from weft.adapters.overlap import Overlap
 from weft.adapters.parts import Part
 from weft.adapters.slots import SlotPool
 from weft.adapters.sublayers import SublayerHooks
@@ -19,7 +20,7 @@ from weft.kernels.gated_lora import gated_lora
 from weft.kernels.gated_prefix import Joint, gated_prefix
 from weft.kernels.grouped_affine import grouped_affine
 from weft.kernels.grouped_delta import grouped_delta
-from weft.kernels.grouped_lora import PackedWeights, grouped_lora, pack
+from weft.kernels.grouped_lora import PackedWeights, expand, grouped_lora, pack, shrink
 from weft.kernels.grouped_rotate import grouped_rotate
 from weft.kernels.grouped_sparse import grouped_sparse
 from weft.kernels.grouped_turn import grouped_turn
@@ -46,6 +47,7 @@ class ActiveRows:
         spans: of the tokens, what gates are means over; None where no row has gates.
         prefix_gates: fp32 ``[T, 2]``, of prefixes that join the attention that runs next, if some row has one.
         joint: what such a prefix must know of that attention, once it ran.
+        overlap: what lets low-rank updates begin beside the base's products; None in steps that are not captured.
     """
 
     tokens: RowGroups | None = None
@@ -55,11 +57,12 @@ class ActiveRows:
     spans: Spans | None = None
     prefix_gates: torch.Tensor | None = None
     joint: Joint | None = None
+    overlap: Overlap | None = None
 
     def clear(self) -> None:
         """There is no forward pass under way."""
         self.tokens = self.logits = self.spans = self.joint = None
-        self.embeddings = self.query = self.prefix_gates = None
+        self.embeddings = self.query = self.prefix_gates = self.overlap = None
 
 
 class _Site(nn.Module):
@@ -117,17 +120,31 @@ class LinearSite(_Site):
         if parts <= LOW_RANK:  # what most adapters are: no need to look for the rest
             return self._with_low_rank(x, rows, groups)
         rows = self._joined(rows, groups)
-        y = self._base(self._input(rows, groups).view_as(x))
-        self._add_adapters(y.view(-1, y.shape[-1]), rows, groups)
+        y, planes = self._beside(lambda: self._base(self._input(rows, groups).view_as(x)), rows, groups)
+        self._add_adapters(y.view(-1, y.shape[-1]), rows, groups, planes)
         return y
 
     def _with_low_rank(self, x: torch.Tensor, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         if self._few_rows is not None and len(rows) <= FEW_ROWS:
             a, b = self._active(Part.A, groups), self._pool.rows(self._path, Part.B)
             return self._few_rows(x, None if a is None or b is None else (a, b, groups))
-        y = self._base(x)
-        self._add_low_rank(y.view(-1, y.shape[-1]), rows, groups)
+        y, planes = self._beside(lambda: self._base(x), rows, groups)
+        self._add_low_rank(y.view(-1, y.shape[-1]), rows, groups, planes)
         return y
+
+    def _beside(
+        self, product: Callable[[], torch.Tensor], x: torch.Tensor, groups: RowGroups
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What ``product`` returns, and where it pays the first half of the low-rank updates, made at the same time."""
+        overlap = self._rows.overlap
+        a = self._active(Part.A, groups) if overlap is not None and overlap.pays(groups.num_rows) else None
+        if overlap is None or a is None:
+            return product(), None
+        planes = shrink(x, a, groups, overlap.fork())
+        try:
+            return product(), planes
+        finally:  # after an error as well: x and planes may be freed from here on
+            overlap.join()
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
         """What the frozen linear makes of ``x``."""
@@ -173,14 +190,16 @@ class LinearSite(_Site):
         assert keys is not None and query is not None, "a prefix has keys, and attention ran before its projection"
         gated_prefix(to, query, keys, values, groups)
 
-    def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> None:
+    def _add_adapters(
+        self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups, planes: torch.Tensor | None = None
+    ) -> None:
         turn = self._active(Part.TURN, groups)
         if turn is not None:
             grouped_turn(y, turn, self._pool.numbers(self._path, Part.TURN), groups)
         gain, shift = self._active(Part.GAIN_OUT, groups), self._active(Part.SHIFT, groups)
         if gain is not None or shift is not None:
             grouped_affine(y, gain, shift, groups)
-        self._add_low_rank(y, x, groups)
+        self._add_low_rank(y, x, groups, planes)
         prototypes = self._active(Part.PROTOTYPES, groups)
         if prototypes is not None:
             a, b = self._active(Part.EXPERT_A, groups), self._active(Part.EXPERT_B, groups)
@@ -210,9 +229,13 @@ class LinearSite(_Site):
                     index = groups.order[start:stop].long()
                     y[index[:, None], self._pool.ids(self._path, slot)] = x[index] @ own.of(slot).T
 
-    def _add_low_rank(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups) -> None:
+    def _add_low_rank(self, y: torch.Tensor, x: torch.Tensor, groups: RowGroups, planes: torch.Tensor | None) -> None:
         a, b = self._active(Part.A, groups), self._pool.rows(self._path, Part.B)
-        if a is not None and b is not None:
+        if a is None or b is None:
+            return
+        if planes is not None:
+            expand(y, planes, b, groups)
+        else:
             grouped_lora(y, x, a, b, groups, packing=self._packed_for)
 
     def _packed_for(self, a: SlotRows, b: SlotRows, active: Sequence[int]) -> PackedWeights:

@@ -4,7 +4,8 @@
     python benchmarks/gpu_suite.py --sections bandwidth --vllm-ops …/vllm/lora/ops/triton_ops
 
 1. correctness: every Triton kernel against fp64 amid NaN; the engine's tokens against transformers and peft alone
-2. bandwidth: grouped LoRA over true-rank bytes as a share of a device copy, the peers' kernels beside
+2. bandwidth: grouped LoRA over true-rank bytes as a share of a device copy, the peers' kernels beside; a linear and its
+   updates in one launch, in two, and beside each other
 3. decode: steps of Llama-3-8B's and Qwen3-4B's shapes with random weights, against what the bytes allow
 
 It runs from a plain checkout: weft need not be installed, and nothing of the HTTP server is imported. Results lie in
@@ -91,13 +92,17 @@ def correctness(args: argparse.Namespace, share: Share, device: torch.device) ->
 
 
 def bandwidth(args: argparse.Namespace, share: Share, device: torch.device) -> dict[str, Any]:
+    from gpu import ways
     from gpu.bandwidth import BATCHES, measure
     from gpu.peers import Peer, Sglang, Vllm
 
     peers: list[Peer] = [Vllm(args.vllm_ops)] if args.vllm_ops else []
     peers += [Sglang(args.sglang_ops)] if args.sglang_ops else []
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return measure(share, device, peers, models=args.models, batches=args.batches or BATCHES, dtype=dtype)
+    batches = args.batches or BATCHES
+    timed = ways.measure(share.part(0.25), device, models=args.models, batches=batches, dtype=dtype)
+    figures = measure(share, device, peers, models=args.models, batches=batches, dtype=dtype)
+    return {**figures, "ways": timed, "ways_of_two_launches": ways.totals(timed)}
 
 
 def decode(args: argparse.Namespace, share: Share, device: torch.device) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def report(section: str, figures: dict[str, Any]) -> None:
         print(f"  BROKEN: {figures['broken']}")
     for kernel, by_dtype in figures.get("kernels", {}).items():
         errors = ", ".join(f"{dtype} {each['largest_error']:.1e}" for dtype, each in by_dtype.items())
-        print(f"  {kernel:20} largest error {errors}")
+        print(f"  {kernel:22} largest error {errors}")
     for failure in figures.get("failures", ()):
         print(f"  WRONG {failure['case']}: {failure['problem']}")
     if "broken" in figures.get("engine", {}):
@@ -138,6 +143,8 @@ def report(section: str, figures: dict[str, Any]) -> None:
             print(f"  engine {mode}: {outcome['equal']} of {outcome['rows']} rows equal; {outcome['differ'] or ''}")
     for who, shares in figures.get("median_share", {}).items():
         print(f"  {who:8} median share of a copy: {', '.join(f'{k} {v:.2f}' for k, v in shares.items())}")
+    for way, ratio in figures.get("ways_of_two_launches", {}).items():
+        print(f"  {way:22} {ratio:.2f} of the time of two launches after a product")
     for name, model in figures.get("models", {}).items():
         for step in model["steps"]:
             of = step.get("measured_of_ideal", step.get("share_of_roofline"))

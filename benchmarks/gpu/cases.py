@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gpu.double import widened
+from weft.adapters.overlap import overlap_for
 from weft.kernels.activations import Activation
 from weft.kernels.gated_prefix import Joint
 from weft.kernels.grouped_bottleneck import Bottlenecks, Input
@@ -126,6 +127,30 @@ def lora(draw: Draw) -> Case:
     a, b = random_factors(ranks, width_in, width_out, draw.dtype, seed=draw.seed)
     args = draw.rows(len(slots), width_out), draw.rows(len(slots), width_in), a, b, draw.groups(slots)
     return _in_place("grouped_lora", args, slots, ranks)
+
+
+def lora_in_halves(draw: Draw) -> Case:
+    """The first half on a stream of its own, where there are streams."""
+    return replace(lora(draw), launch=_in_halves)
+
+
+def _in_halves(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGroups) -> None:
+    kernels, overlap = importlib.import_module("weft.kernels.grouped_lora.triton"), overlap_for(y.device)
+    planes = kernels.shrink(x, a, groups, overlap.fork() if overlap else None)
+    x.clone()  # as the product of a linear, on the current stream
+    if overlap:
+        overlap.join()
+    kernels.expand(y, planes, b, groups)
+
+
+def lora_in_one(draw: Draw) -> Case:
+    """One launch, also where it does not pay."""
+    slots, ranks = draw.slots(), draw.counts(0, 1, 5, 8, 16, 64)
+    width_in, width_out = draw.width(), draw.width()
+    a, b = random_factors(ranks, width_in, width_out, draw.dtype, seed=draw.seed)
+    args = draw.rows(len(slots), width_out), draw.rows(len(slots), width_in), a, b, draw.groups(slots)
+    launch = importlib.import_module("weft.kernels.grouped_lora.fused").grouped_lora
+    return replace(_in_place("grouped_lora", args, slots, ranks), launch=launch)
 
 
 def affine(draw: Draw) -> Case:

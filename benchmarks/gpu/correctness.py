@@ -20,6 +20,8 @@ from weft.kernels.testing import TOLERANCES
 
 KERNELS: Mapping[str, Callable[[Draw], Case]] = {
     "grouped_lora": cases.lora,
+    "grouped_lora in halves": cases.lora_in_halves,
+    "grouped_lora in one": cases.lora_in_one,
     "grouped_expert_lora": paged_cases.experts,
     "paged_attention": paged_cases.attention,
     "write_kv": paged_cases.write_kv,

@@ -19,6 +19,7 @@ from gpu.timing import Stopwatch
 from weft.adapters.base import Base
 from weft.adapters.forms import CompiledAdapter, SiteForms
 from weft.adapters.layout import Layout, Placement
+from weft.adapters.overlap import overlap_for
 from weft.adapters.parts import LowRank
 from weft.adapters.side_sites import attach_side
 from weft.adapters.sites import attach_sites
@@ -79,7 +80,9 @@ def build(shape: Shape, device: torch.device, *, rows: int, context: int, adapte
     runner = ModelRunner(model, cache, sites, side, device)
     capture = capture_for(device)
     sizes = {"max_rows": rows, "max_len": context + 1, "vocab": shape.vocab}
-    graphs = GraphRunner(runner, pool, frozenset(base.sites), **sizes, capture=capture) if capture else None
+    paths, graphs = frozenset(base.sites), None
+    if capture is not None:
+        graphs = GraphRunner(runner, pool, paths, **sizes, capture=capture, overlap=overlap_for(device))
     return Rig(shape, runner, pool, base, graphs)
 
 

@@ -19,9 +19,10 @@ from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
 
 from . import native
+from .halves import expand, shrink
 from .packed import PackedWeights, grouped_lora_packed, pack
 
-__all__ = ["PackedWeights", "grouped_lora", "grouped_lora_packed", "in_passing", "pack"]
+__all__ = ["PackedWeights", "expand", "grouped_lora", "grouped_lora_packed", "in_passing", "pack", "shrink"]
 
 Pack = Callable[[SlotRows, SlotRows, Sequence[int]], PackedWeights]
 

@@ -1,4 +1,4 @@
-"""Grouped LoRA on a GPU: two launches per site, shrink into fp32 planes and expand into y.
+"""Grouped LoRA on a GPU: two launches per site, shrink into fp32 planes and expand into y, or one where that pays.
 
 A program serves one tile of `RowGroups.tiles`, so no program runs for a slot without rows. Loops end at the true rank.
 The shrink splits its sum over programs (split-K) when tiles are few; each split writes a plane of its own, and expand
@@ -6,6 +6,7 @@ adds the planes in a fixed order: no atomics, no zero-fill, the same result on e
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from weft.kernels.groups import RowGroups
 from weft.kernels.slot_rows import SlotRows
 from weft.kernels.variants import DTYPES, FLOATS, INTEGERS, MULTIPLE, VALUES, Variant
+
+from . import fused
 
 # Enough programs to occupy the largest devices (132 to 304 multiprocessors); more splits only add planes to read.
 TARGET_PROGRAMS = 256
@@ -118,39 +121,42 @@ def grouped_lora(y: Tensor, x: Tensor, a: SlotRows, b: SlotRows, groups: RowGrou
     """See `weft.kernels.grouped_lora.grouped_lora`."""
     if not groups.active or a.max_count == 0:
         return
-    max_rank = a.padded_count
-    shrink = shrink_config(x.dtype, max_rank, groups.block_rows)
-    expand = expand_config(x.dtype, max_rank, groups.block_rows)
-    (width_in, width_out), rows = (x.shape[1], y.shape[1]), groups.num_adapted
-    split_width = split_width_of(width_in, groups.num_tiles, shrink["BLOCK_K"])
-    splits = triton.cdiv(width_in, split_width)
+    if fused.one_launch_pays(groups.num_tiles, a.padded_count, a.width, x.dtype.itemsize):
+        fused.grouped_lora(y, x, a, b, groups)
+    else:
+        expand(y, shrink(x, a, groups), b, groups)
+
+
+def shrink(
+    x: Tensor, a: SlotRows, groups: RowGroups, launch_in: AbstractContextManager[object] | None = None
+) -> Tensor:
+    """See `weft.kernels.grouped_lora.shrink`."""
+    max_rank, (rows, width) = a.padded_count, (groups.num_adapted, x.shape[1])
+    config = shrink_config(x.dtype, max_rank, groups.block_rows)
+    split_width = split_width_of(width, max(1, groups.num_tiles), config["BLOCK_K"])
+    splits = triton.cdiv(width, split_width)
     planes = torch.empty(splits, rows, max_rank, dtype=torch.float32, device=x.device)
-    shared = (a.counts, groups.order, groups.tiles, planes)
-    shrink_kernel[(groups.num_tiles, splits)](
-        x,
-        a.pool,
-        a.table,
-        *shared,
-        width_in,
-        split_width,
-        rows,
-        max_rank,
-        x.stride(0),
-        a.table.stride(0),
-        **shrink,
-    )
-    expand_kernel[(groups.num_tiles, triton.cdiv(width_out, expand["BLOCK_N"]))](
-        y,
-        b.pool,
-        b.table,
-        *shared,
-        width_out,
-        splits,
-        rows,
-        max_rank,
-        y.stride(0),
-        b.table.stride(0),
-        **expand,
+    with launch_in or nullcontext():
+        if planes.numel():
+            shrink_kernel[(groups.num_tiles, splits)](
+                *(x, a.pool, a.table, a.counts, groups.order, groups.tiles, planes),
+                *(width, split_width, rows, max_rank, x.stride(0), a.table.stride(0)),
+                **config,
+            )
+    return planes
+
+
+def expand(y: Tensor, planes: Tensor, b: SlotRows, groups: RowGroups) -> None:
+    """See `weft.kernels.grouped_lora.expand`."""
+    splits, rows, max_rank = planes.shape
+    if not planes.numel():
+        return
+    config = expand_config(y.dtype, max_rank, groups.block_rows)
+    width = y.shape[1]
+    expand_kernel[(groups.num_tiles, triton.cdiv(width, config["BLOCK_N"]))](
+        *(y, b.pool, b.table, b.counts, groups.order, groups.tiles, planes),
+        *(width, splits, rows, max_rank, y.stride(0), b.table.stride(0)),
+        **config,
     )
 
 
@@ -184,3 +190,4 @@ def variants() -> Iterator[Variant]:
         expand = expand_config(DTYPES[dtype], rank, rows)
         yield Variant(f"shrink rank {rank} rows {rows}", shrink_kernel, dtype, shrink, arguments)
         yield Variant(f"expand rank {rank} rows {rows}", expand_kernel, dtype, expand, arguments)
+    yield from fused.variants()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from weft.adapters.overlap import Overlap
 from weft.adapters.parts import Part
 from weft.adapters.slots import SlotPool
 from weft.kernels.groups import RowGroups
@@ -178,6 +179,7 @@ class GraphRunner:
         linears: paths of the base's linears, where adapters' parts are captured.
         max_rows: of a batch. max_len: tokens of a row. vocab: width of the logits.
         capture: records a step.
+        overlap: for what may run beside the products of this model alone; None: nothing does.
     """
 
     def __init__(
@@ -190,6 +192,7 @@ class GraphRunner:
         max_len: int,
         vocab: int,
         capture: Capture,
+        overlap: Overlap | None,
     ) -> None:
         cache = runner.cache
         pages = -(-max_len // cache.block_size)
@@ -198,6 +201,7 @@ class GraphRunner:
         self._linears = linears
         self._ladder = ladder(max_rows)
         self._capture = capture
+        self._overlap = overlap
         self._buffers = _Buffers(max_rows, pages, vocab, cache.num_blocks, cache.block_size, runner.device)
         self._graphs: OrderedDict[tuple[int, int, int | None], _Graph] = OrderedDict()
         self._seen = -1
@@ -246,7 +250,7 @@ class GraphRunner:
     def _record(self, rows: int, tiles: int) -> _Graph:
         batch = self._buffers.batch(rows, tiles, self._slots if tiles else ())
         target = self._buffers.logits[:rows]
-        return _Graph(batch, self._capture(lambda: _into(target, self._runner, batch)))
+        return _Graph(batch, self._capture(lambda: _into(target, self._runner.compute(batch, self._overlap))))
 
     def _look_at_slots(self) -> None:
         """Which slots' adapters are captured, and what the launches of a step would be for them."""
@@ -268,8 +272,8 @@ class GraphRunner:
         self._structure = self._structures.setdefault(launched, len(self._structures))
 
 
-def _into(logits: torch.Tensor, runner: ModelRunner, batch: Batch) -> None:
-    logits.copy_(runner.compute(batch))
+def _into(target: torch.Tensor, logits: torch.Tensor) -> None:
+    target.copy_(logits)
 
 
 def _largest(part: Part, rows: SlotRows) -> int:

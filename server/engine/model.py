@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from weft.adapters.forms import PrefixKV
+from weft.adapters.overlap import Overlap
 from weft.adapters.sites import ActiveRows
 from weft.server.engine.attention import AttentionContext
 from weft.server.engine.batch import Batch
@@ -39,11 +40,15 @@ class ModelRunner:
         return self.compute(batch).float()
 
     @torch.inference_mode()
-    def compute(self, batch: Batch) -> torch.Tensor:
-        """``forward`` without what a captured step has no part in: the logits are of the model's dtype."""
+    def compute(self, batch: Batch, overlap: Overlap | None = None) -> torch.Tensor:
+        """``forward`` without what a captured step has no part in: the logits are of the model's dtype.
+
+        Args:
+            overlap: for captured steps. In others the host is what a step waits for, and parting gives it more to do.
+        """
         context = AttentionContext(batch.attention, self.cache.keys, self.cache.values, self._rows)
         self._rows.tokens, self._rows.logits, self._rows.embeddings = batch.tokens, batch.logits, batch.embeddings
-        self._rows.spans = batch.spans
+        self._rows.spans, self._rows.overlap = batch.spans, overlap
         try:
             self.side.begin(batch)
             output: Any = self.model(

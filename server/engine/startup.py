@@ -17,6 +17,7 @@ from weft.adapters.base import Base
 from weft.adapters.forms import CompiledAdapter
 from weft.adapters.methods import compile_adapter
 from weft.adapters.mixture_sites import attach_mixtures
+from weft.adapters.overlap import overlap_for
 from weft.adapters.residency import Residency
 from weft.adapters.side_sites import attach_side
 from weft.adapters.sites import attach_sites
@@ -167,7 +168,7 @@ def _serve(weights: _Weights, num_blocks: int, arrived: threading.Event) -> Load
     capture, graphs = capture_for(device), None
     if config.cuda_graphs and capture is not None:
         sizes = {"max_rows": config.max_num_seqs, "max_len": max_model_len, "vocab": vocab_size}
-        graphs = GraphRunner(runner, pool, frozenset(base.sites), **sizes, capture=capture)
+        graphs = GraphRunner(runner, pool, frozenset(base.sites), **sizes, capture=capture, overlap=overlap_for(device))
     return Loaded(
         model=config.model,
         runner=runner,

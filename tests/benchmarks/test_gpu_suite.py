@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-KERNELS = ["grouped_lora", "paged_attention", "grouped_affine", "write_kv", "weighted_sum", "logit_mix"]
+LORA = ["grouped_lora", "grouped_lora in halves", "grouped_lora in one"]
+KERNELS = [*LORA, "paged_attention", "grouped_affine", "write_kv", "weighted_sum", "logit_mix"]
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +137,28 @@ def test_workloads_cover_what_is_promised() -> None:
     assert {(w.adapters, w.rank) for w in every} >= {(n, r) for n in (1, 8, 64) for r in (8, 16, 64, None)}
     assert {len(w.slots) for w in every} == {1, 4, 16, 32, 64, 128, 256}
     assert any(w.total_rank >= 512 for w in every)
+
+
+def test_ways_to_run_an_update_are_timed_and_equal() -> None:
+    """Each makes the same y; of what there is no time for, it is said."""
+    from gpu import ways
+    from gpu.bandwidth import make_problem
+    from gpu.budget import Share
+
+    cpu = torch.device("cpu")
+    problem = make_problem([0, 1, 0], [8, 16], 64, 96, cpu, torch.float32)
+    weight = torch.randn(96, 64)
+    made = {way: run() for way, run in ways.ways(problem, weight, None)}
+    alone = made.pop("product alone")
+    assert set(made) == {"two launches after", "one launch after"}
+    torch.testing.assert_close(made["one launch after"], made["two launches after"], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(alone, made["one launch after"])
+    at = [0.0]
+    share = Share(3.0, lambda: at.append(at[-1] + 1) or at[-1])
+    rows = ways.measure(share, cpu, models=["tiny"], batches=[1], dtype=torch.float32)
+    assert [row["site"] for row in rows] == ["q_proj", "gate_proj"] and all(row["one_launch_chosen"] for row in rows)
+    assert share.skipped == ["ways to run an update: 10 of 12"]
+    assert set(ways.totals(rows)) == {"product alone", *made} and ways.totals(rows)["two launches after"] == 1
 
 
 def test_results_survive_and_a_picture_is_drawn(tmp_path: Path) -> None:

@@ -82,6 +82,35 @@ def check_mixed(zoo: Zoo, recorder: Recorder, adapters: list[str], rows: int) ->
         assert_alone(stream, zoo.oracles[stream.request.adapter])
 
 
+class Apart:
+    """Stands in for a second stream; counts what began beside a product and was waited for."""
+
+    def __init__(self) -> None:
+        self.forked = 0
+        self.joined = 0
+
+    def pays(self, rows: int) -> bool:
+        return True
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        self.forked += 1
+        yield
+
+    def join(self) -> None:
+        self.joined += 1
+        assert self.joined == self.forked, "nothing else began meanwhile"
+
+
+def test_updates_that_begin_beside_products_equal_each_adapter_alone(
+    llama: Zoo, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = Apart()
+    monkeypatch.setattr(startup, "overlap_for", lambda device: apart)
+    check_mixed(llama, recorder, ["rslora", "lora-bias"], rows=2)
+    assert apart.joined == apart.forked > 0
+
+
 def test_padded_steps_of_a_mixed_batch_equal_each_adapter_alone(llama: Zoo, recorder: Recorder) -> None:
     check_mixed(llama, recorder, ["lora-bias", "head"], rows=2)
 

@@ -18,7 +18,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_kernel_compiles(target: str) -> None:
     result = run("--target", target)
     assert result.returncode == 0, result.stdout + result.stderr
-    kernels = ("shrink", "expand", "delta", "rotate", "sparse", "affine", "turn", "attention", "write_kv")
+    kernels = ("shrink", "expand", "fused", "delta", "rotate", "sparse", "affine", "turn", "attention", "write_kv")
     others = (
         "prefix",
         "route",
