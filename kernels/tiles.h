@@ -36,6 +36,33 @@ static inline void configure(void) {
 
 static inline int blocks(int count) { return (count + SIDE - 1) / SIDE; }
 
+/* A mask of the first of 32, as many as there are. */
+static __mmask32 first(int count) { return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0; }
+
+/* Sixteen rows of as many words to columns. */
+static inline void transpose(__m512i rows[16]) {
+    for (int apart = 1; apart < 16; apart *= 2) {
+        int32_t low[16], high[16]; /* lanes of two rows: those of the second are 16 and more */
+        for (int lane = 0; lane < 16; lane++) {
+            low[lane] = lane & apart ? 16 + lane - apart : lane;
+            high[lane] = lane & apart ? 16 + lane : lane + apart;
+        }
+        const __m512i to_low = _mm512_loadu_si512(low), to_high = _mm512_loadu_si512(high);
+        for (int row = 0; row < 16; row++) {
+            if (row & apart) continue;
+            const __m512i one = rows[row], other = rows[row + apart];
+            rows[row] = _mm512_permutex2var_epi32(one, to_low, other);
+            rows[row + apart] = _mm512_permutex2var_epi32(one, to_high, other);
+        }
+    }
+}
+
+/* A tile of the right operand of 16 columns, of which 32 inputs are given. */
+static inline void pack_columns(__m512i columns[16], uint16_t *tile) {
+    transpose(columns); /* pairs of inputs stay together */
+    for (int p = 0; p < 16; p++) _mm512_store_si512(tile + p * SIDE, columns[p]);
+}
+
 /* Tiles of 16 rows, the first or second of each pair, as far as there are rows, and zeros for what there is not.
  * order: which rows of x; NULL: the first 16. */
 static inline void pack_rows(const uint16_t *x, ptrdiff_t stride, const int32_t *order, int rows, int inputs, uint16_t *to) {
@@ -43,8 +70,7 @@ static inline void pack_rows(const uint16_t *x, ptrdiff_t stride, const int32_t 
     for (int row = 0; row < 16; row++) {
         const uint16_t *from = row >= rows ? x : x + (order ? order[row] : row) * stride;
         for (int k = 0; k < steps; k++) {
-            const int left = inputs - k * SIDE;
-            const __mmask32 used = row >= rows ? 0 : left >= 32 ? ~0u : (1u << left) - 1;
+            const __mmask32 used = row >= rows ? 0 : first(inputs - k * SIDE);
             _mm512_store_si512(to + (size_t)k * PAIR + row * SIDE, _mm512_maskz_loadu_epi16(used, from + k * SIDE));
         }
     }

@@ -21,40 +21,19 @@ static void *room_for(int columns, int depth) {
     return aligned_alloc(64, sizeof(uint16_t) * (size_t)blocks(columns) * blocks(depth) * PAIR);
 }
 
-static __mmask32 first(int count) { return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0; }
-
-/* Sixteen rows of as many words to columns. */
-static inline void transpose(__m512i rows[16]) {
-    for (int apart = 1; apart < 16; apart *= 2) {
-        int32_t low[16], high[16]; /* lanes of two rows: those of the second are 16 and more */
-        for (int lane = 0; lane < 16; lane++) {
-            low[lane] = lane & apart ? 16 + lane - apart : lane;
-            high[lane] = lane & apart ? 16 + lane : lane + apart;
-        }
-        const __m512i to_low = _mm512_loadu_si512(low), to_high = _mm512_loadu_si512(high);
-        for (int row = 0; row < 16; row++) {
-            if (row & apart) continue;
-            const __m512i one = rows[row], other = rows[row + apart];
-            rows[row] = _mm512_permutex2var_epi32(one, to_low, other);
-            rows[row + apart] = _mm512_permutex2var_epi32(one, to_high, other);
-        }
-    }
-}
-
 /* A as the right operand: its rows are columns there, pairs of inputs stay together. */
 static void pack_a(const Lora *in, const int32_t *table, int rank, uint16_t *to) {
     const int steps = blocks(in->inputs);
     for (int r0 = 0; r0 < rank; r0 += 16) {
         uint16_t *tile = to + (size_t)(r0 / SIDE) * steps * PAIR + (r0 % SIDE ? TILE : 0);
         for (int k = 0; k < steps; k++, tile += PAIR) {
-            __m512i pairs[16];
+            __m512i columns[16];
             for (int c = 0; c < 16; c++) {
                 const int there = r0 + c < rank;
                 const uint16_t *from = (const uint16_t *)in->a + (there ? (size_t)table[r0 + c] * in->inputs : 0);
-                pairs[c] = _mm512_maskz_loadu_epi16(there ? first(in->inputs - k * SIDE) : 0, from + k * SIDE);
+                columns[c] = _mm512_maskz_loadu_epi16(there ? first(in->inputs - k * SIDE) : 0, from + k * SIDE);
             }
-            transpose(pairs);
-            for (int p = 0; p < 16; p++) _mm512_store_si512(tile + p * SIDE, pairs[p]);
+            pack_columns(columns, tile);
         }
     }
 }

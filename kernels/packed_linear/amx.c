@@ -18,9 +18,13 @@ enum { CACHED = 1 << 19, MANY = 128, ABREAST = 4 };
 static void pack_tile(const uint16_t *w, uint16_t *tile, int row, int column, int outputs, int inputs, ptrdiff_t stride_n,
                       ptrdiff_t stride_k) {
     const uint16_t *from = w + row * stride_n + column * stride_k;
-    if (stride_k == 1 && row + 16 <= outputs && column + 32 <= inputs) { /* pairs of inputs stay together */
-        for (int c = 0; c < 16; c++)
-            for (int p = 0; p < 16; p++) memcpy(tile + 2 * (16 * p + c), from + c * stride_n + 2 * p, 4);
+    if (stride_k == 1) {
+        __m512i columns[16];
+        for (int c = 0; c < 16; c++) {
+            const int there = row + c < outputs;
+            columns[c] = _mm512_maskz_loadu_epi16(there ? first(inputs - column) : 0, from + (there ? c * stride_n : 0));
+        }
+        pack_columns(columns, tile);
         return;
     }
     for (int p = 0; p < 16; p++)
@@ -50,8 +54,7 @@ typedef struct {
 
 /* 32 columns of y from output n on, for as many rows as there are. */
 static void put(const Linear *in, const float *sums, int row, int rows, int n) {
-    const int left = in->outputs - n;
-    const __mmask32 used = left >= 32 ? ~0u : (1u << left) - 1;
+    const __mmask32 used = first(in->outputs - n);
     uint16_t *y = in->y + (size_t)row * in->outputs + n;
     __m512 low = _mm512_setzero_ps(), high = low;
     if (in->bias) {

@@ -27,7 +27,7 @@ from weft.server.engine import attention, loading, selfcheck
 from weft.server.engine.fused import fuse
 from weft.server.engine.fused_rotary import fuse_rotary
 from weft.server.engine.graphs import GraphRunner, capture_for
-from weft.server.engine.host_memory import keep_freed_memory
+from weft.server.engine.host_memory import keep_freed_memory, read_ahead
 from weft.server.engine.kv_cache import KVCache, bytes_per_block, count_blocks
 from weft.server.engine.model import ModelRunner
 from weft.server.engine.side import SideNetworks
@@ -133,12 +133,13 @@ def _read(config: EngineConfig, longest: int | None, progress: Progress) -> _Wei
     hf_config = loading.load_config(config)
     progress("loading weights")
     model = loading.load_model(config, hf_config, device)
-    fingerprint = loading.fingerprint(model)
+    read_ahead(model.parameters())
     limit = loading.max_model_len(config, model.config)
     limit = min(limit, longest or limit)
     progress("comparing with transformers' own forward")
     attention.register()
     reference = selfcheck.reference_logits(model, limit)
+    fingerprint = loading.fingerprint(model)
     shapes = selfcheck.cache_shapes(model)
     model.set_attn_implementation(attention.NAME)
     return _Weights(config, model, device, fingerprint, limit, reference, shapes, started)
