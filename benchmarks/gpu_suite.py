@@ -6,7 +6,8 @@
 1. correctness: every Triton kernel against fp64 amid NaN; the engine's tokens against transformers and peft alone
 2. bandwidth: grouped LoRA over true-rank bytes as a share of a device copy, the peers' kernels beside; a linear and its
    updates in one launch, in two, and beside each other
-3. decode: steps of Llama-3-8B's and Qwen3-4B's shapes with random weights, against what the bytes allow
+3. attention: every backend that is there against fp64, timed beside weft's own kernel
+4. decode: steps of Llama-3-8B's and Qwen3-4B's shapes with random weights, against what the bytes allow
 
 It runs from a plain checkout: weft need not be installed, and nothing of the HTTP server is imported. Results lie in
 ``$OUT`` or ``benchmarks/results`` as ``<device>-<date>.json`` and a picture, and are written after every section.
@@ -37,7 +38,7 @@ from gpu.budget import Results, Share, result_path  # noqa: E402
 from gpu.plot import draw  # noqa: E402
 
 # Of the time that is left when a section begins.
-SHARES = {"correctness": 0.4, "bandwidth": 0.42, "decode": 0.95}
+SHARES = {"correctness": 0.4, "bandwidth": 0.42, "attention": 0.3, "decode": 0.95}
 
 
 def main() -> int:
@@ -105,6 +106,13 @@ def bandwidth(args: argparse.Namespace, share: Share, device: torch.device) -> d
     return {**figures, "ways": timed, "ways_of_two_launches": ways.totals(timed)}
 
 
+def attention(args: argparse.Namespace, share: Share, device: torch.device) -> dict[str, Any]:
+    from gpu.attention import measure
+
+    with torch.inference_mode():
+        return measure(share, device, models=args.models, rounds=args.rounds, seed=args.seed)
+
+
 def decode(args: argparse.Namespace, share: Share, device: torch.device) -> dict[str, Any]:
     from gpu.decode import BATCHES, measure
 
@@ -115,6 +123,7 @@ def decode(args: argparse.Namespace, share: Share, device: torch.device) -> dict
 RUN: dict[str, Callable[[argparse.Namespace, Share, torch.device], dict[str, Any]]] = {
     "correctness": correctness,
     "bandwidth": bandwidth,
+    "attention": attention,
     "decode": decode,
 }
 
@@ -145,6 +154,10 @@ def report(section: str, figures: dict[str, Any]) -> None:
         print(f"  {who:8} median share of a copy: {', '.join(f'{k} {v:.2f}' for k, v in shares.items())}")
     for way, ratio in figures.get("ways_of_two_launches", {}).items():
         print(f"  {way:22} {ratio:.2f} of the time of two launches after a product")
+    for row in figures.get("attention", ()):
+        what = f"{row['decoding']:3} decoding, {row['prompts']} x {row['tokens']} new of {row['context']}"
+        each = ", ".join(f"{name} {_figure(found)}" for name, found in row["backends"].items())
+        print(f"  {row['model']} pages of {row['page_size']:3} {what}: {each}")
     for name, model in figures.get("models", {}).items():
         for step in model["steps"]:
             of = step.get("measured_of_ideal", step.get("share_of_roofline"))
@@ -154,6 +167,13 @@ def report(section: str, figures: dict[str, Any]) -> None:
                 f"  {name} {step['mode']:6} {what:10} {step['batch']:4} rows {1e3 * step['seconds']:8.2f} ms  {ratio}"
             )
     sys.stdout.flush()
+
+
+def _figure(found: dict[str, Any]) -> str:
+    """Of one backend and workload."""
+    if "seconds" not in found:
+        return found.get("unfit") or found["failed"]
+    return f"{1e6 * found['seconds']:.0f} us ({found['share']:.2f} of a copy)"
 
 
 def head(device: str, args: argparse.Namespace) -> dict[str, Any]:

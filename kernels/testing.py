@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: the one table of tolerances, the workload samplers, and builders of random cases."""
+"""What tests, benchmarks and trials at start share: the table of tolerances, samplers of workloads, random cases."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -27,6 +27,8 @@ class EngineConfig:
             most a quarter of the machine's memory).
         gpu_memory_utilization: share of the GPU's memory to use, in (0, 1].
         cuda_graphs: on a GPU, replay recorded decode steps instead of launching each kernel.
+        attention_backend: what computes attention on a GPU: "auto" (the quickest of those that are there and agree with
+            the reference), "triton", "varlen" (FlashAttention by way of torch) or "flashinfer".
         enable_prefix_caching: share KV blocks of equal identity between requests.
         adapter_memory: bytes on the device for the weights of each model's adapters; None: 1 GiB on CPU, a tenth of a
             GPU's memory for all models.
@@ -49,6 +51,7 @@ class EngineConfig:
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
     cuda_graphs: bool = True
+    attention_backend: str = "auto"
     enable_prefix_caching: bool = True
     adapter_memory: int | None = None
     adapter_host_memory: int = 4 << 30
@@ -61,6 +64,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _choice("device", self.device, ("auto", "cpu", "cuda"))
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _choice("attention_backend", self.attention_backend, ("auto", "triton", "varlen", "flashinfer"))
         check_quantization(self.quantization)
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_adapters", "max_queued_requests"):
             if getattr(self, name) < 1:

@@ -1,4 +1,4 @@
-"""Section 3: decode steps of real models' shapes with random weights: how much of the ideal ratio is reached."""
+"""Section 4: decode steps of real models' shapes with random weights: how much of the ideal ratio is reached."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from weft.adapters.parts import LowRank
 from weft.adapters.side_sites import attach_side
 from weft.adapters.sites import attach_sites
 from weft.adapters.slots import SlotPool
+from weft.server.config import EngineConfig
 from weft.server.engine import attention, selfcheck
+from weft.server.engine.attention_backends import attention_for
 from weft.server.engine.batch import Batch
 from weft.server.engine.graphs import GraphRunner, capture_for
 from weft.server.engine.kv_cache import KVCache
@@ -63,7 +65,8 @@ def build(shape: Shape, device: torch.device, *, rows: int, context: int, adapte
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     model.eval().requires_grad_(False)
     attention.register()
-    shapes = selfcheck.cache_shapes(model)
+    layers = selfcheck.attention_layers(model)
+    shapes = [layer.cache_shape for layer in layers]
     model.set_attn_implementation(attention.NAME)
     pages = rows * -(-(context + 1) // PAGE)
     cache = KVCache(shapes, num_blocks=pages, block_size=PAGE, dtype=dtype, device=device)
@@ -77,7 +80,8 @@ def build(shape: Shape, device: torch.device, *, rows: int, context: int, adapte
     side = SideNetworks(
         base, pool, cache, memory=0, active=attach_side(model, base, pool), embed=model.get_input_embeddings()
     )
-    runner = ModelRunner(model, cache, sites, side, device)
+    attend = attention_for(EngineConfig("", block_size=PAGE), layers, dtype, device, context + 1)
+    runner = ModelRunner(model, cache, sites, side, device, attend)
     capture = capture_for(device)
     sizes = {"max_rows": rows, "max_len": context + 1, "vocab": shape.vocab}
     paths, graphs = frozenset(base.sites), None

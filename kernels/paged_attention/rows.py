@@ -92,6 +92,11 @@ class AttentionRows:
         """New tokens of the batch."""
         return self.slot_mapping.shape[0]
 
+    @property
+    def decoding(self) -> bool:
+        """Whether every row has one new token."""
+        return self.num_tokens == len(self.query_lens)
+
     def plan(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` returned for `key` this step: layers that need the same plan share one."""
         if key not in self._plans:

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from weft.adapters.sites import ActiveRows
 from weft.kernels.gated_prefix import Joint
 from weft.kernels.paged_attention import AttentionRows, LogSumExp, paged_attention, write_kv
+from weft.kernels.paged_attention.backends import Attend, Layer
 
 T = TypeVar("T")
 
@@ -40,12 +41,14 @@ class AttentionContext:
         rows: where the rows' tokens, keys and values lie.
         k_caches, v_caches: per layer, ``[pages, page_size, kv_heads, head_dim]``.
         sites: what the adapters' sites look at; they are shown the queries.
+        attend: computes paged attention.
     """
 
     rows: AttentionRows
     k_caches: list[torch.Tensor]
     v_caches: list[torch.Tensor]
     sites: ActiveRows
+    attend: Attend = paged_attention
 
 
 def attend(
@@ -79,7 +82,7 @@ def attend(
     context.sites.query = q
     write_kv(k_cache, v_cache, k, v, context.rows.slot_mapping)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = paged_attention(
+    out = context.attend(
         q,
         k_cache,
         v_cache,
@@ -110,12 +113,16 @@ def probe(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    weft: dict[int, tuple[int, int, int]] | None = None,
+    weft: dict[int, Layer] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Stands in for ``attend`` to write down, per layer, ``(kv_heads, key head_dim, value head_dim)``."""
-    layer, shapes = _layer(module, weft)
-    shapes[layer] = (key.shape[1], key.shape[3], value.shape[3])
+    """Stands in for ``attend`` to write down what each layer asks for."""
+    layer, layers = _layer(module, weft)
+    sizes = query.shape[1], key.shape[1], key.shape[3], value.shape[3]
+    layers[layer] = Layer(*sizes, sliding_window, softcap, s_aux is not None)
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 

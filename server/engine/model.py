@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from weft.adapters.forms import PrefixKV
 from weft.adapters.overlap import Overlap
 from weft.adapters.sites import ActiveRows
+from weft.kernels.paged_attention import paged_attention
+from weft.kernels.paged_attention.backends import Attend
 from weft.server.engine.attention import AttentionContext
 from weft.server.engine.batch import Batch
 from weft.server.engine.kv_cache import KVCache
@@ -22,16 +24,24 @@ class ModelRunner:
     Args:
         rows: what the sites look at, from ``attach_sites``.
         side: the networks that run beside it.
+        attend: computes paged attention.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: KVCache, rows: ActiveRows, side: SideNetworks, device: torch.device
+        self,
+        model: PreTrainedModel,
+        cache: KVCache,
+        rows: ActiveRows,
+        side: SideNetworks,
+        device: torch.device,
+        attend: Attend = paged_attention,
     ) -> None:
         self.model = model
         self.cache = cache
         self.device = device
         self.side = side
         self._rows = rows
+        self._attend = attend
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -46,7 +56,7 @@ class ModelRunner:
         Args:
             overlap: for captured steps. In others the host is what a step waits for, and parting gives it more to do.
         """
-        context = AttentionContext(batch.attention, self.cache.keys, self.cache.values, self._rows)
+        context = AttentionContext(batch.attention, self.cache.keys, self.cache.values, self._rows, self._attend)
         self._rows.tokens, self._rows.logits, self._rows.embeddings = batch.tokens, batch.logits, batch.embeddings
         self._rows.spans, self._rows.overlap = batch.spans, overlap
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from weft.kernels.paged_attention.backends import Layer
 from weft.server.engine.attention import PROBE, UnsupportedModel
 from weft.server.engine.batch import Batch
 from weft.server.engine.model import ModelRunner
@@ -22,15 +23,15 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 """Largest relative difference of the logits (Frobenius norm, centred). A wrong mask or position is off by 0.1 to 1."""
 
 
-def cache_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
-    """Per layer ``(kv_heads, key head_dim, value head_dim)``, seen in a forward pass of one token.
+def attention_layers(model: PreTrainedModel) -> list[Layer]:
+    """What each layer asks of attention, seen in a forward pass of one token.
 
     Configurations spell head sizes in a dozen ways; what arrives at the attention function is the truth.
 
     Raises:
         UnsupportedModel: a layer does not go through transformers' attention interface.
     """
-    seen: dict[int, tuple[int, int, int]] = {}
+    seen: dict[int, Layer] = {}
     zero = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     model.set_attn_implementation(PROBE)
     with torch.inference_mode():

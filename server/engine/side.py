@@ -26,7 +26,7 @@ from weft.adapters.side_sites import ActiveSide, SideRows
 from weft.adapters.sites import ActiveRows
 from weft.adapters.slots import SlotPool
 from weft.kernels.groups import RowGroups, to_device
-from weft.kernels.paged_attention import AttentionRows
+from weft.kernels.paged_attention import AttentionRows, backends
 from weft.server.engine.attention import PROBE, AttentionContext
 from weft.server.engine.batch import Batch
 from weft.server.engine.kv_cache import KVCache, bytes_per_block
@@ -110,7 +110,7 @@ class SideNetworks:
         assert self._base.backbone is not None, "the network was made from it"
         stack = self._base.backbone.smaller(network.sizes, self._base.dtype)
         stack.module.set_attn_implementation(PROBE)
-        seen: dict[int, tuple[int, int, int]] = {}
+        seen: dict[int, backends.Layer] = {}
         weights = dict(zip(network.names, network.weights, strict=True))
         try:
             zero = torch.zeros(1, 1, dtype=torch.long)
@@ -123,7 +123,7 @@ class SideNetworks:
             ) from error
         if sorted(seen) != list(range(network.sizes.layers)):
             raise AdapterUnsupported("not all layers of the adapter's side network attend", param="peft_type")
-        return [seen[layer] for layer in sorted(seen)]
+        return [seen[layer].cache_shape for layer in sorted(seen)]
 
     def _new_caches(self, layers: list[Layer]) -> dict[Layer, KVCache]:
         size, blocks, dtype = self._cache.block_size, self._cache.num_blocks, self._base.dtype

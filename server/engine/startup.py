@@ -22,8 +22,10 @@ from weft.adapters.residency import Residency
 from weft.adapters.side_sites import attach_side
 from weft.adapters.sites import attach_sites
 from weft.adapters.slots import SlotPool
+from weft.kernels.paged_attention.backends import Layer
 from weft.server.config import ConfigError, EngineConfig
 from weft.server.engine import attention, loading, selfcheck
+from weft.server.engine.attention_backends import attention_for
 from weft.server.engine.fused import fuse
 from weft.server.engine.fused_rotary import fuse_rotary
 from weft.server.engine.graphs import GraphRunner, capture_for
@@ -76,7 +78,7 @@ class _Weights:
     Attributes:
         config: its own. limit: tokens that it can place.
         reference: what transformers' own forward computes.
-        shapes: of its KV cache, by layer.
+        layers: what each asks of attention.
     """
 
     config: EngineConfig
@@ -85,12 +87,12 @@ class _Weights:
     fingerprint: str
     limit: int
     reference: list[torch.Tensor]
-    shapes: list[tuple[int, int, int]]
+    layers: list[Layer]
     started: float
 
     @property
     def block_bytes(self) -> int:
-        return bytes_per_block(self.shapes, self.config.block_size, self.model.dtype)
+        return bytes_per_block([layer.cache_shape for layer in self.layers], self.config.block_size, self.model.dtype)
 
 
 def load(config: EngineConfig, arrived: threading.Event, progress: Progress) -> list[Loaded]:
@@ -140,14 +142,17 @@ def _read(config: EngineConfig, longest: int | None, progress: Progress) -> _Wei
     attention.register()
     reference = selfcheck.reference_logits(model, limit)
     fingerprint = loading.fingerprint(model)
-    shapes = selfcheck.cache_shapes(model)
+    layers = selfcheck.attention_layers(model)
     model.set_attn_implementation(attention.NAME)
-    return _Weights(config, model, device, fingerprint, limit, reference, shapes, started)
+    return _Weights(config, model, device, fingerprint, limit, reference, layers, started)
 
 
 def _serve(weights: _Weights, num_blocks: int, arrived: threading.Event) -> Loaded:
     config, model, device = weights.config, weights.model, weights.device
-    limit, reference, shapes = weights.limit, weights.reference, weights.shapes
+    limit, reference = weights.limit, weights.reference
+    max_model_len = _fit_model_len(config, limit, num_blocks)
+    attend = attention_for(config, weights.layers, model.dtype, device, max_model_len)
+    shapes = [layer.cache_shape for layer in weights.layers]
     cache = KVCache(shapes, num_blocks=num_blocks, block_size=config.block_size, dtype=model.dtype, device=device)
     base = Base.of(model)
     pool = _slot_pool(config, base, model.dtype, device)
@@ -158,13 +163,12 @@ def _serve(weights: _Weights, num_blocks: int, arrived: threading.Event) -> Load
     attach_mixtures(model, base, pool, rows)
     embed = model.get_input_embeddings()
     side = SideNetworks(base, pool, cache, memory=pool.nbytes_total, active=attach_side(model, base, pool), embed=embed)
-    runner = ModelRunner(model, cache, rows, side, device)
+    runner = ModelRunner(model, cache, rows, side, device, attend)
     selfcheck.verify(runner, reference, limit)
 
     def compile_folder(folder: Path, version: str, chosen: Mapping[str, int] | None = None) -> CompiledAdapter:
         return compile_adapter(folder, base, version=version, dtype=base.dtype, chosen=chosen)
 
-    max_model_len = _fit_model_len(config, limit, num_blocks)
     vocab_size = reference[0].shape[-1]
     capture, graphs = capture_for(device), None
     if config.cuda_graphs and capture is not None:

@@ -66,8 +66,34 @@ def test_it_checks_kernels_and_the_engine(repository: Path, tmp_path: Path) -> N
 def test_what_there_is_no_time_for_is_said(repository: Path, tmp_path: Path) -> None:
     result, written = run_suite(repository, tmp_path, "--limit-seconds", "1", "--models", "tiny", "--batches", "1")
     sections = written["sections"]
-    assert set(sections) == {"correctness", "bandwidth", "decode"}, result.stderr
+    assert set(sections) == {"correctness", "bandwidth", "attention", "decode"}, result.stderr
     assert all(section["skipped"] for section in sections.values())
+
+
+def test_it_checks_and_times_the_attention_backends(repository: Path, tmp_path: Path) -> None:
+    """On a CPU there is one, and nothing of it is special to this device."""
+    options = ["--sections", "attention", "--rounds", "2", "--models", "tiny"]
+    result, written = run_suite(repository, tmp_path, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = written["sections"]["attention"]
+    assert set(found["absent"]) == {"varlen", "flashinfer"} and found["failures"] == [] and found["skipped"] == []
+    errors = found["kernels"]["attention by triton"]
+    assert {dtype: each["cases"] for dtype, each in errors.items()} == {"fp16": 2, "bf16": 2}
+    assert [row["page_size"] for row in found["attention"]] == [16, 16, 256, 256]
+    assert all(row["backends"]["triton"]["seconds"] > 0 for row in found["attention"])
+
+
+def test_a_wrong_attention_backend_is_found() -> None:
+    from gpu.attention import check
+    from gpu.budget import Share
+
+    from weft.kernels.paged_attention.backends import Triton
+
+    def off(q: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        return Triton().attend(q, *rest, **options) + 0.1
+
+    found = check(Share(float("inf")), torch.device("cpu"), [Triton(attend=off)], rounds=1, seed=1)
+    assert len(found["failures"]) == 2 and all("is beyond" in each["problem"] for each in found["failures"])
 
 
 def test_a_wrong_result_is_found(repository: Path) -> None:
