@@ -46,7 +46,8 @@ class LlamaCpp:
         self.about = {
             "versions": {"llama-cpp-python": llama_cpp.__version__},
             "settings": {
-                **{name: getattr(params, name) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max")},
+                "n_ctx": llama_cpp.llama_n_ctx(self._context),
+                **{name: getattr(params, name) for name in ("n_batch", "n_ubatch", "n_seq_max")},
                 "system": llama_cpp.llama_print_system_info().decode(),
             },
         }
