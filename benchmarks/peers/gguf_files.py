@@ -57,8 +57,8 @@ def write_model(folder: Path, out: Path, dtype: str) -> None:
     _write(writer)
 
 
-def write_adapter(folder: Path, base: dict[str, Any], out: Path, dtype: str) -> None:
-    """Both factors of every module; ``base`` is the configuration of the model they are for.
+def write_adapter(folder: Path, base: dict[str, Any], out: Path) -> None:
+    """Both factors of every module, in fp32; ``base`` is the configuration of the model they are for.
 
     Raises:
         ValueError: it is no plain LoRA.
@@ -76,7 +76,7 @@ def write_adapter(folder: Path, base: dict[str, Any], out: Path, dtype: str) -> 
             raise ValueError(f"{folder} has {name}, which is no factor of a LoRA")
         of_base = f"{module}.weight"
         rows = paired(of_base, values, base) if factor == "lora_B" else values
-        _add(writer, f"{gguf_name(of_base, base)}.{FACTORS[factor]}", rows, dtype)
+        _add(writer, f"{gguf_name(of_base, base)}.{FACTORS[factor]}", rows, "float32")
     _write(writer)
 
 

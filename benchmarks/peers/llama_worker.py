@@ -26,7 +26,8 @@ BATCH_TOKENS = 2048
 class LlamaCpp:
     """A context with a cache of its own for each sequence, flash attention, and its defaults for the rest.
 
-    In bf16 the cache is of fp16, llama.cpp's default; in fp32 it is of fp32.
+    With a model in bf16 the cache is of fp16 and the factors of adapters of fp32: the defaults of llama.cpp and of its
+    converter, and factors in bf16 are slower. With a model in fp32 all is of fp32.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -98,7 +99,7 @@ class LlamaCpp:
     def _load_adapter(self, setup: Setup, name: str) -> tuple[Any, int, Any]:
         """What ``llama_set_adapters_lora`` takes: an array of adapters, its length, their scales."""
         path = Path(self._folder.name) / "adapter.gguf"
-        write_adapter(Path(setup.adapters[name]), read_config(Path(setup.model)), path, setup.dtype)
+        write_adapter(Path(setup.adapters[name]), read_config(Path(setup.model)), path)
         adapter = llama_cpp.llama_adapter_lora_init(self._model, bytes(path))
         if adapter is None:
             raise RuntimeError(f"llama.cpp could not load {name}")
