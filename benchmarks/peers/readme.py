@@ -15,14 +15,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peers.report import measured, ratios
+from peers.report import least, measured, ratios
 
 HERE = Path(__file__).resolve().parent.parent
 README = HERE / "README.md"
 RESULT = HERE / "results" / "peers-cpu.json"
 COMMAND = "make bench-peers"
 # What depends on the machine, and is given by make.
-OMITTED = ("--vllm-python", "--out")
+OMITTED = ("--vllm-python", "--llama-python", "--out")
 SECTION = re.compile(r"(?<=<!-- peers-cpu -->\n).*?(?=<!-- /peers-cpu -->)", re.DOTALL)
 
 
@@ -34,7 +34,7 @@ def render(report: Mapping[str, Any] | None) -> str:
     ]
     command = COMMAND if report is None else _command(report["command"])
     for row in ratios([] if report is None else report["cases"]):
-        cells = [row["target"], f"{row['least']:g}", *measured(row), f"`{command}`"]
+        cells = [row["target"], least(row), *measured(row), f"`{command}`"]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join([*([] if report is None else [_where(report), ""]), *rows]) + "\n"
 

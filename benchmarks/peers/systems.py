@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +22,23 @@ from weft.server.bench.measure import Trace
 from weft.server.bench.workload import Arrival
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
-VLLM_PYTHON = BENCHMARKS.parent / ".venv-vllm" / "bin" / "python"
+PYTHONS = {
+    "vllm": BENCHMARKS.parent / ".venv-vllm" / "bin" / "python",
+    "llama.cpp": BENCHMARKS.parent / ".venv-llama" / "bin" / "python",
+}
+"""Of the systems with an environment of their own."""
 START_SECONDS = 900
 JOB_SECONDS = 1800
 KV_CACHE_GIB = 4
 BASE = "base"
 """What requests for the base are called in traces."""
-MODULES = {"weft": "weft_worker", "vllm": "vllm_worker", "peft": "peft_worker", "transformers": "transformers_worker"}
+MODULES = {
+    "weft": "weft_worker",
+    "vllm": "vllm_worker",
+    "peft": "peft_worker",
+    "transformers": "transformers_worker",
+    "llama.cpp": "llama_worker",
+}
 
 
 class PeerFailure(Exception):
@@ -56,20 +66,20 @@ class Running(Protocol):
     def close(self) -> None: ...
 
 
-def start(system: str, setup: Setup, vllm_python: Path = VLLM_PYTHON) -> Running:
-    """Start a system.
+def start(system: str, setup: Setup, pythons: Mapping[str, Path]) -> Running:
+    """Start a system; ``pythons`` are of those with an environment of their own.
 
     Raises:
         PeerFailure: it did not come up.
     """
-    return Server(setup) if system == "weft-http" else Worker(system, setup, vllm_python)
+    return Server(setup) if system == "weft-http" else Worker(system, setup, pythons)
 
 
 class Worker:
     """A system whose worker (``worker.py``) runs in a process of its own."""
 
-    def __init__(self, system: str, setup: Setup, vllm_python: Path) -> None:
-        python = vllm_python if system == "vllm" else Path(sys.executable)
+    def __init__(self, system: str, setup: Setup, pythons: Mapping[str, Path]) -> None:
+        python = pythons.get(system, Path(sys.executable))
         if not python.exists():
             raise PeerFailure(f"{system} is not installed at {python}: `make bench-peers` does that")
         environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS), **threads(setup.threads)}

@@ -26,11 +26,21 @@ def bench(peers: None, repository: Path, tmp_path: Path) -> Any:
     from bench_peers import Bench
     from peers.materials import Workshop, llama
 
-    return Bench(Workshop(tmp_path, llama(TINY)), ("weft", "peft"), 1, repository / "none", 8)
+    return Bench(Workshop(tmp_path, llama(TINY)), ("weft", "peft"), 1, {"vllm": repository / "none"}, 8)
 
 
 def test_weft_and_peft_answer_alike(bench: Any) -> None:
     assert bench.agreement() == {"weft": {"rows": 8, "first_equal": 8, "equal": 8}}
+    assert bench.failures == {}
+
+
+LLAMA_PYTHON = Path(__file__).resolve().parents[2] / ".venv-llama" / "bin" / "python"
+
+
+@pytest.mark.skipif(not LLAMA_PYTHON.exists(), reason="llama.cpp is compiled by `make bench-peers` alone")
+def test_llama_cpp_and_peft_answer_alike(bench: Any) -> None:
+    bench._systems, bench._pythons = ("peft", "llama.cpp"), {"llama.cpp": LLAMA_PYTHON}
+    assert bench.agreement() == {"llama.cpp": {"rows": 8, "first_equal": 8, "equal": 8}}
     assert bench.failures == {}
 
 
@@ -84,8 +94,25 @@ def test_options_that_cannot_be_honoured(tmp_path: Path) -> None:
         main(peers="weft,sglang")
     with pytest.raises(typer.BadParameter, match="make bench-peers"):
         main(peers="vllm", vllm_python=tmp_path / "none")
+    with pytest.raises(typer.BadParameter, match=r"leave out llama\.cpp"):
+        main(peers="weft,llama.cpp", llama_python=tmp_path / "none")
     with pytest.raises(typer.BadParameter, match="no case has 'nothing'"):
         main(peers="weft", cases="nothing")
+
+
+@pytest.mark.usefixtures("peers")
+def test_llama_cpp_is_left_out_where_it_could_not_be_compiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench_peers import choose
+    from peers.plan import SYSTEMS
+
+    here, none = Path(sys.executable), tmp_path / "none"
+    assert choose(None, {"vllm": here, "llama.cpp": here}) == SYSTEMS
+    assert set(SYSTEMS) - set(choose(None, {"vllm": here, "llama.cpp": none})) == {"llama.cpp"}
+    assert "WITHOUT llama.cpp" in capsys.readouterr().out
+    with pytest.raises(typer.BadParameter, match="vllm is not at"):
+        choose(None, {"vllm": none, "llama.cpp": here})
 
 
 class Echo:
@@ -137,6 +164,7 @@ def test_ratios_are_of_the_same_repetition() -> None:
     from peers.report import ratios
 
     base = {"weft": [run(130, 1), run(60, 1), run(140, 1)], "vllm": [run(100, 1), run(50, 1), run(100, 1)]}
+    base["llama.cpp"] = base["vllm"]
     load = {"weft": [run(1, 20)], "vllm": [run(1, 10)]}
     cases = [
         {"adapters": BASE.name, "mixed": False, "role": "burst", "runs": base},
@@ -162,6 +190,7 @@ def test_ratios_are_of_the_same_repetition() -> None:
     assert "| base: throughput over vLLM's | 1.2 | 1.30 (1.20 to 1.40) | 130.0 tok/s | 100.0 tok/s | met |" in text
     assert """| met | `make bench-peers ARGS="--cases '^[n8]'"` |""" in text
     assert "| under load: PEFT's TTFT p50 over weft's | 1 | not measured |" in text
+    assert "| base: throughput over llama.cpp's |  | 1.30 (1.20 to 1.40) | 130.0 tok/s | 100.0 tok/s |  |" in text
     with pytest.raises(ValueError, match=r"ttft_ms\.p50.*out of memory"):
         ratios([{**cases[1], "runs": {**load, "vllm": [run(1, None)]}}])
 
