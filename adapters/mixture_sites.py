@@ -10,9 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from weft.adapters.base import Base
+from weft.adapters.linear_site import LinearSite
 from weft.adapters.mixtures import LinearCalls, expert_weights
 from weft.adapters.parts import Part
-from weft.adapters.sites import ActiveRows, LinearSite
+from weft.adapters.site import ActiveRows
 from weft.adapters.slots import SlotPool
 from weft.kernels.expert_groups import expert_groups
 from weft.kernels.grouped_expert_lora import grouped_expert_lora

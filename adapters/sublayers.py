@@ -17,7 +17,7 @@ from weft.kernels.groups import RowGroups
 from weft.kernels.mean_gates import mean_gates
 
 if TYPE_CHECKING:  # sites attach these too
-    from weft.adapters.sites import ActiveRows
+    from weft.adapters.site import ActiveRows
 
 
 class SublayerHooks:

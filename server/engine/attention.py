@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from weft.adapters.sites import ActiveRows
+from weft.adapters.site import ActiveRows
 from weft.kernels.gated_prefix import Joint
 from weft.kernels.paged_attention import AttentionRows, LogSumExp, paged_attention, write_kv
 from weft.kernels.paged_attention.backends import Attend, Layer

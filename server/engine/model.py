@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from weft.adapters.forms import PrefixKV
 from weft.adapters.overlap import Overlap
-from weft.adapters.sites import ActiveRows
+from weft.adapters.site import ActiveRows
 from weft.kernels.paged_attention import paged_attention
 from weft.kernels.paged_attention.backends import Attend
 from weft.server.engine.attention import AttentionContext

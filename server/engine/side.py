@@ -23,7 +23,7 @@ from weft.adapters.errors import AdapterTooLarge, AdapterUnsupported
 from weft.adapters.forms import CompiledAdapter
 from weft.adapters.side import SideNetwork, SideShape, SideSizes
 from weft.adapters.side_sites import ActiveSide, SideRows
-from weft.adapters.sites import ActiveRows
+from weft.adapters.site import ActiveRows
 from weft.adapters.slots import SlotPool
 from weft.kernels.groups import RowGroups, to_device
 from weft.kernels.paged_attention import AttentionRows, backends

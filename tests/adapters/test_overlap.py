@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from weft.adapters import sites
+from weft.adapters import linear_site
 from weft.adapters.base import Base, Site
 from weft.adapters.forms import CompiledAdapter, SiteForms
 from weft.adapters.layout import Layout
+from weft.adapters.linear_site import LinearSite
 from weft.adapters.overlap import FEW_ROWS, SecondStream, overlap_for
 from weft.adapters.parts import LowRank
-from weft.adapters.sites import ActiveRows, LinearSite
+from weft.adapters.site import ActiveRows
 from weft.adapters.slots import SlotPool
 from weft.kernels.groups import RowGroups
 
@@ -73,8 +74,8 @@ def run(pool: SlotPool, slots: list[int], noted: Noted | None, monkeypatch: pyte
     linear, x = nn.Linear(*WIDTHS), torch.randn(1, len(slots), WIDTHS[0])
     if noted is not None:
         linear.register_forward_pre_hook(lambda *_: noted.events.append("product"))
-        expand = sites.expand
-        monkeypatch.setattr(sites, "expand", lambda *args: noted.events.append("expand") or expand(*args))
+        expand = linear_site.expand
+        monkeypatch.setattr(linear_site, "expand", lambda *args: noted.events.append("expand") or expand(*args))
     rows = ActiveRows(tokens=RowGroups.build(slots, "cpu"), overlap=noted)
     with torch.inference_mode():
         return LinearSite(linear, "q", pool, rows, output=False)(x)
