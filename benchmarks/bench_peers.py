@@ -26,7 +26,8 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` and PYTHONSAFEPATH leave it out
 
-from peers import readme, report
+import readme
+from peers import report
 from peers.materials import LLAMA_125M, Materials, Workshop, llama
 from peers.plan import QUICK, SYSTEMS, AdapterSet, Case, Size, mixed, plan, sets
 from peers.systems import BASE as BASE_NAME
@@ -38,7 +39,6 @@ from weft.server.bench import report as serving_report
 from weft.server.bench.measure import StepAdapters, summarise
 from weft.server.bench.workload import Arrival
 
-PARTIAL_RESULT = readme.RESULT.with_name("peers-cpu-partial.json")
 CHECKED = ("weft", "vllm", "peft", "llama.cpp")
 ORACLE = "peft"
 OPTIONAL = {"llama.cpp"}
@@ -82,7 +82,7 @@ def main(
         result["cases"] = bench.run(chosen, result["repeat"])
     result |= {"ratios": report.ratios(result["cases"]), "systems": bench.about, "failures": bench.failures}
     whole = not quick and set(systems) >= set(SYSTEMS) - OPTIONAL and not cases and shape == LLAMA_125M
-    serving_report.write(out or (readme.RESULT if whole else PARTIAL_RESULT), result)
+    serving_report.write(out or (readme.PEERS if whole else readme.PARTIAL), result)
     if out is None and whole:  # what is in the README is what is in the result beside it
         readme.fill()
     show(result)

@@ -160,8 +160,8 @@ def run(throughput: float, ttft: float | None) -> dict[str, Any]:
 @pytest.mark.usefixtures("peers")
 def test_ratios_are_of_the_same_repetition() -> None:
     from peers.plan import BASE, TARGET
-    from peers.readme import render
     from peers.report import ratios
+    from readme import targets
 
     base = {"weft": [run(130, 1), run(60, 1), run(140, 1)], "vllm": [run(100, 1), run(50, 1), run(100, 1)]}
     base["llama.cpp"] = base["vllm"]
@@ -185,19 +185,21 @@ def test_ratios_are_of_the_same_repetition() -> None:
         "versions": {"weft": "1", "triton": None},
         "systems": {"no adapters": {"vllm": {"versions": {"vllm": "2", "weft": "0"}}}},
     }
-    text = render({**report, "cases": cases})
-    assert "2026-01-02, a CPU, 2 threads, 3 repetitions, commit `ffffffffffff`: vllm 2, weft 1." in text
+    older = {**report, "repeat": 1, "commit": "e" * 40, "cases": [{**case, "runs": base} for case in cases]}
+    text = targets([{**report, "cases": cases[1:]}, {**older, "cases": cases[:1]}])
+    assert "Run 1: 2026-01-02, a CPU, commit `ffffffffffff`, 2 threads, 3 repetitions: vllm 2, weft 1." in text
+    assert "Run 2: 2026-01-02, a CPU, commit `eeeeeeeeeeee`, 2 threads, 1 repetition: vllm 2, weft 1." in text
     assert "| base: throughput over vLLM's | 1.2 | 1.30 (1.20 to 1.40) | 130.0 tok/s | 100.0 tok/s | met |" in text
-    assert """| met | `make bench-peers ARGS="--cases '^[n8]'"` |""" in text
+    assert """| met | 2 | `make bench-peers ARGS="--cases '^[n8]'"` |""" in text
     assert "| under load: PEFT's TTFT p50 over weft's | 1 | not measured |" in text
-    assert "| base: throughput over llama.cpp's |  | 1.30 (1.20 to 1.40) | 130.0 tok/s | 100.0 tok/s |  |" in text
+    assert "| base: throughput over llama.cpp's |  | 1.30 (1.20 to 1.40) | 130.0 tok/s | 100.0 tok/s |  | 2 |" in text
     with pytest.raises(ValueError, match=r"ttft_ms\.p50.*out of memory"):
         ratios([{**cases[1], "runs": {**load, "vllm": [run(1, None)]}}])
 
 
 @pytest.mark.usefixtures("peers")
 def test_the_readme_has_what_was_measured(tmp_path: Path) -> None:
-    from peers.readme import README, fill
+    from readme import README, fill
 
     copy = tmp_path / "README.md"
     copy.write_text(README.read_text())
