@@ -27,6 +27,7 @@ class EngineConfig:
             most a quarter of the machine's memory).
         gpu_memory_utilization: share of the GPU's memory to use, in (0, 1].
         cuda_graphs: on a GPU, replay recorded decode steps instead of launching each kernel.
+        async_scheduling: launch a step before the tokens of the one before it are known; None: on a GPU.
         enable_prefix_caching: share KV blocks of equal identity between requests.
         adapter_memory: bytes on the device for the weights of each model's adapters; None: 1 GiB on CPU, a tenth of a
             GPU's memory for all models.
@@ -49,6 +50,7 @@ class EngineConfig:
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
     cuda_graphs: bool = True
+    async_scheduling: bool | None = None
     enable_prefix_caching: bool = True
     adapter_memory: int | None = None
     adapter_host_memory: int = 4 << 30

@@ -159,6 +159,9 @@ class Settings(BaseSettings):
     kv_cache_memory: ByteSize | None = Field(None, description="Memory for the KV cache; default: by what is free.")
     gpu_memory_utilization: float = Field(0.9, description="Share of the GPU's memory to use.")
     cuda_graphs: bool = Field(True, description="On a GPU, replay recorded decode steps.")
+    async_scheduling: bool | None = Field(
+        None, description="Launch a step before the last one's tokens are known; default: on a GPU."
+    )
     enable_prefix_caching: bool = Field(True, description="Share the KV cache of equal beginnings of prompts.")
     adapter_memory: ByteSize | None = Field(None, description="Device memory for adapters; default: by the device.")
     adapter_host_memory: ByteSize = Field(ByteSize(4 << 30), description="Host memory for adapters.")
