@@ -26,8 +26,9 @@ NO_PARTS: frozenset[Part] = frozenset()
 class SlotPool:
     """Slots ``0 .. num_slots - 1``, their rows, and the tables the kernels read.
 
-    ``reserve``, ``publish`` and ``free`` belong to the engine's thread, between steps; ``upload`` may run in any
-    thread, because it writes only to rows that no published table names.
+    ``reserve``, ``publish`` and ``free`` belong to the engine's thread, between the launches of steps; ``upload`` may
+    run in any thread, because it writes only to rows that no published table names. A slot that some row of a step
+    under way has must not be freed: the device may be reading its rows.
 
     Args:
         memory: bytes for rows; see ``RowMemory``.

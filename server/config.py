@@ -29,6 +29,7 @@ class EngineConfig:
         cuda_graphs: on a GPU, replay recorded decode steps instead of launching each kernel.
         attention_backend: what computes attention on a GPU: "auto" (the quickest of those that are there and agree with
             the reference), "triton", "varlen" (FlashAttention by way of torch) or "flashinfer".
+        async_scheduling: launch a step before the tokens of the one before it are known; None: on a GPU.
         enable_prefix_caching: share KV blocks of equal identity between requests.
         adapter_memory: bytes on the device for the weights of each model's adapters; None: 1 GiB on CPU, a tenth of a
             GPU's memory for all models.
@@ -52,6 +53,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     cuda_graphs: bool = True
     attention_backend: str = "auto"
+    async_scheduling: bool | None = None
     enable_prefix_caching: bool = True
     adapter_memory: int | None = None
     adapter_host_memory: int = 4 << 30

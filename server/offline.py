@@ -92,7 +92,7 @@ class Generation:
         while self._engine.has_work:
             before = self._engine.steps
             deltas = self._engine.step()
-            if not deltas and self._engine.steps == before:
+            if not deltas and self._engine.steps == before and self._engine.has_work:
                 self._engine.wait(0.05)  # all wait for adapters; a piece of a long prompt gives no delta either
             for delta in deltas:
                 stream = self._streams.get(delta.request_id)

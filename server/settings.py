@@ -160,6 +160,9 @@ class Settings(BaseSettings):
     gpu_memory_utilization: float = Field(0.9, description="Share of the GPU's memory to use.")
     cuda_graphs: bool = Field(True, description="On a GPU, replay recorded decode steps.")
     attention_backend: str = Field("auto", description="On a GPU: auto, triton, varlen or flashinfer.")
+    async_scheduling: bool | None = Field(
+        None, description="Launch a step before the last one's tokens are known; default: on a GPU."
+    )
     enable_prefix_caching: bool = Field(True, description="Share the KV cache of equal beginnings of prompts.")
     adapter_memory: ByteSize | None = Field(None, description="Device memory for adapters; default: by the device.")
     adapter_host_memory: ByteSize = Field(ByteSize(4 << 30), description="Host memory for adapters.")

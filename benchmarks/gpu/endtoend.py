@@ -42,7 +42,7 @@ ADAPTERS: Mapping[str, Callable[[], Any]] = {
 def check_engine(
     share: Share, device: torch.device, *, seed: int, tokens: int = 24, adapters: int = 99
 ) -> dict[str, Any]:
-    """Greedy tokens of a row on every adapter and on the base, with CUDA graphs and without.
+    """Greedy tokens of a row on every adapter and on the base, with CUDA graphs and without, steps launched ahead.
 
     Returns:
         How many rows agreed; what differed, with the margin by which the oracle preferred its token.

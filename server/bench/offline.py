@@ -68,14 +68,15 @@ class OfflineTarget:
                 if waiting and concurrency is None:
                     time.sleep(max(0.0, waiting[0].time - now()))
                 continue
-            for delta in self.engine.step():
+            deltas = self.engine.step()
+            for delta in deltas:
                 running[delta.request_id].record(now(), len(delta.token_ids))
                 if delta.finish_reason is not None:
                     running.pop(delta.request_id).error = delta.error
-            if self.engine.steps == steps:
-                self.engine.wait(0.01)
-            else:
+            if self.engine.steps != steps:
                 distinct.append(self.engine.step_adapters)
+            elif not deltas:
+                self.engine.wait(0.01)
             steps = self.engine.steps
         return traces, StepAdapters(sum(distinct) / max(1, len(distinct)), max(distinct, default=0))
 

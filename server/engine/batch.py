@@ -10,6 +10,7 @@ import torch
 from weft.kernels.groups import RowGroups, to_device
 from weft.kernels.paged_attention import AttentionRows
 from weft.kernels.spans import Spans
+from weft.server.engine.pending import to_ids
 from weft.server.engine.scheduler import Row
 
 
@@ -62,24 +63,27 @@ class Batch:
     spans: Spans | None
 
     @classmethod
-    def build(cls, rows: list[Row], block_size: int, device: torch.device) -> Batch:
+    def build(
+        cls, rows: list[Row], block_size: int, device: torch.device, sampled: torch.Tensor | None = None
+    ) -> Batch:
         """Lay ``rows`` out one after the other: decoding ones first, those of one adapter together.
 
         Neighbours of one slot let the CPU path take slices of the batch where it would gather rows.
+
+        Args:
+            sampled: the tokens of the step under way, as in ``to_ids``.
         """
         rows = sorted(rows, key=lambda row: (row.stop - row.start > 1, row.seq.slot))
         lens = [row.stop - row.start for row in rows]
         context = [row.seq.offset + row.stop for row in rows]
         attention = AttentionRows.build(lens, context, [row.seq.blocks for row in rows], block_size, device)
-        ids = np.fromiter(
-            (token for row in rows for token in row.seq.tokens[row.start : row.stop]), np.int64, count=sum(lens)
-        )
+        ids = [token for row in rows for token in row.seq.tokens[row.start : row.stop]]
         wanted, indices = _wanted(rows)
         slots = [slot for row in rows for slot in row.seq.slots(row.start, row.stop)]
         logit_slots = [slot for want in wanted for slot in want.row.seq.slots(want.start, want.stop)]
         tokens = RowGroups.build(slots, device)
         return cls(
-            input_ids=to_device(ids, device).unsqueeze(0),
+            input_ids=to_ids(ids, sampled, device).unsqueeze(0),
             position_ids=_position_ids(rows, lens, attention, device).unsqueeze(0),
             logit_indices=to_device(indices, device),
             wanted=wanted,

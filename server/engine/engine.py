@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +12,13 @@ from pathlib import Path
 from weft.server.config import EngineConfig
 from weft.server.engine import startup
 from weft.server.engine.counters import Counters
+from weft.server.engine.flight import Flight, Launcher
 from weft.server.engine.frozen import FrozenModel
 from weft.server.engine.info import AdapterInfo, EngineStats
 from weft.server.engine.intake import NO_FIT, Intake
-from weft.server.engine.mixing import gather
 from weft.server.engine.request import EngineRequest, TokenDelta
-from weft.server.engine.sampler import Sample, Sampler, fill_prompt_logprobs
-from weft.server.engine.scheduler import Row, Scheduler
+from weft.server.engine.sampler import Sample
+from weft.server.engine.scheduler import Scheduler
 from weft.server.engine.sequence import Sequence
 from weft.server.errors import InvalidRequest, NotFound, Overloaded
 
@@ -27,6 +27,11 @@ class Engine:
     """A frozen base model, further frozen models beside it, and the requests on them.
 
     Methods belong to one thread, but for those that say "any thread".
+
+    A step is launched, and *lands* when its tokens are read. With ``async_scheduling`` the next one is launched before,
+    so that the device need not wait for the host. It takes the tokens that the host does not know yet from the device,
+    and computes one more token of requests that turn out to have ended, which is dropped. All steps run one after the
+    other on one stream of the device: a later one finds what an earlier one wrote, and overwrites no page too early.
 
     Args:
         progress: told what start-up is busy with.
@@ -49,11 +54,14 @@ class Engine:
         self.adapters, self.runner = main.adapters, main.runner
         self._intake = Intake(config, self.models)
         self._scheduler = Scheduler(config, [(model.blocks, model.adapters) for model in self._lanes])
-        self._sampler = Sampler(main.info.eos_token_ids)
+        self._launcher = Launcher(self._scheduler, self._lanes, main.info.vocab_size, main.info.eos_token_ids)
         self._counters = Counters()
         self._live: dict[str, Sequence] = {}
         self._unsized: dict[str, Sequence] = {}
         self._ended: list[TokenDelta] = []
+        self._flights: deque[Flight] = deque()
+        on_gpu = main.runner.device.type == "cuda"
+        self._ahead = on_gpu if config.async_scheduling is None else config.async_scheduling
         self.info = replace(
             main.info,
             load_seconds=time.perf_counter() - started,
@@ -86,20 +94,19 @@ class Engine:
             self._ended.append(TokenDelta(request_id, finish_reason="abort"))
 
     def step(self) -> list[TokenDelta]:
-        """One forward pass of each model over whatever can run, or none while all wait for adapters to arrive."""
+        """Launch one forward pass of each model over whatever can run, or none while all wait for adapters to arrive.
+
+        Returns:
+            What the steps that landed added to the requests: the one launched here or, running ahead, the one before.
+        """
         self.poll()
         deltas = []
-        rows = self._scheduler.schedule()
-        passes = [
-            model.forward([row for row in rows if row.seq.lane == model.lane], lane.prompts)
-            for model, lane in zip(self._lanes, self._scheduler.lanes, strict=True)
-        ]
-        if rows:
-            fill_prompt_logprobs(passes, self.info.vocab_size)
-            ready = gather(passes, self.info.vocab_size, self.info.eos_token_ids)
-            samples = self._sampler.sample(ready.logits, ready.seqs, ready.peaks) if ready else []
-            deltas = self._commit(rows, samples)
-            self._counters.stepped(each.batch for each in passes if each is not None)
+        if self._flights and not self._scheduler.roomy:
+            # Whoever is preempted must have all its tokens, and pages that no step under way writes to.
+            deltas += self._land()
+        stays = int(self._launch() and self._ahead)
+        while len(self._flights) > stays:
+            deltas += self._land()
         ended, self._ended = self._ended, []
         return ended + deltas
 
@@ -122,25 +129,36 @@ class Engine:
             elif fits:
                 del self._unsized[request_id]
 
-    def _commit(self, rows: list[Row], samples: list[Sample]) -> list[TokenDelta]:
-        """Write down what the step computed; returns what it added to the requests."""
-        for row in rows:
-            self._scheduler.computed(row)
+    def _launch(self) -> bool:
+        """Start a step; False if nothing can run."""
+        flight = self._launcher.launch(self._flights[-1] if self._flights else None)
+        if flight is None:
+            return False
+        self._flights.append(flight)
+        self._counters.stepped(flight.batches)
+        return True
+
+    def _land(self) -> list[TokenDelta]:
+        """Wait for the oldest step and write down its tokens; returns what it added to the requests."""
+        flight = self._flights.popleft()
         deltas = []
-        for sample in samples:
+        for sample in flight.land():
             if sample.token is None:
                 self._discard(sample.seq)
-            else:
+            elif self._is_live(sample.seq):
                 deltas.append(self._append(sample.seq, sample.token, sample))
+        for seq in flight.leaving:
+            self._release(seq)
         return deltas
 
     def _append(self, seq: Sequence, token: int, sample: Sample) -> TokenDelta:
-        first = seq.output_len == 0
+        first = sample.index == 0
         prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None  # they come once
         for stream in seq.streams:
-            stream.tokens.append(token)
+            stream.tokens[stream.prompt_len + sample.index] = token
+            self._scheduler.publish(stream)
         self._counters.generated(seq)
-        finish, stop = self._finish_reason(seq, token)
+        finish, stop = self._finish_reason(seq, token, sample.index + 1)
         if finish is not None:
             self._end(seq)
         return TokenDelta(
@@ -164,38 +182,55 @@ class Engine:
             self._counters.composition_hits += 1
         return seconds
 
-    def _finish_reason(self, seq: Sequence, token: int) -> tuple[str | None, int | None]:
+    def _finish_reason(self, seq: Sequence, token: int, count: int) -> tuple[str | None, int | None]:
+        """Whether ``token`` ends the output, as the ``count``-th of it."""
         params = seq.request.params
-        if seq.output_len >= params.min_tokens:
+        if count >= params.min_tokens:
             if token in params.stop_token_ids:
                 return "stop", token
             if token in self.info.eos_token_ids and not params.ignore_eos:
                 return "stop", None
-        return ("length" if len(seq.tokens) >= seq.max_len else None), None
+        return ("length" if seq.prompt_len + count >= seq.max_len else None), None
 
     def _discard(self, seq: Sequence) -> None:
-        """End a request whose logits are not numbers; what is not a number must not stay in pages others may get."""
+        """End a request whose logits are not numbers; what is not a number must not stay in pages others may get.
+
+        One that ended while the step was under way is discarded as well: it still has the pages.
+        """
         for stream in seq.streams:
             self._lanes[stream.lane].scrub(stream)
-        self._fail(seq, "the model's output is not a number (NaN or infinity)")
+        if self._is_live(seq):
+            self._fail(seq, "the model's output is not a number (NaN or infinity)")
 
     def _fail(self, seq: Sequence, message: str) -> None:
         self._end(seq)
         self._ended.append(TokenDelta(seq.request.request_id, finish_reason="error", error=message))
 
+    def _is_live(self, seq: Sequence) -> bool:
+        return self._live.get(seq.request.request_id) is seq
+
     def _end(self, seq: Sequence) -> None:
-        """Forget a request and give back all it holds."""
-        self._scheduler.finish(seq)
+        """Forget a request. What it holds it gives back now or, if it is part of a step under way, after that."""
         del self._live[seq.request.request_id]
         self._unsized.pop(seq.request.request_id, None)
+        seq.final = True
+        flight = next((flight for flight in self._flights if seq in flight.seqs), None)
+        if flight is None:
+            self._release(seq)
+        else:
+            flight.leaving.append(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        """Give back all that a request holds, which nothing on the device is at work with."""
+        self._scheduler.finish(seq)
         for stream in seq.streams:
             if stream.adapter is not None:
                 self._lanes[stream.lane].adapters.drop(stream.adapter)
 
     @property
     def has_work(self) -> bool:
-        """Requests are live, or deltas are waiting to be handed out."""
-        return bool(self._live or self._ended)
+        """Requests are live, deltas are waiting to be handed out, or a step is under way."""
+        return bool(self._live or self._ended or self._flights)
 
     @property
     def steps(self) -> int:
@@ -276,8 +311,9 @@ class Engine:
         """
         self._scheduler.check_integrity(*(model.adapters.pins for model in self._lanes))
         known = {id(seq) for seq in (*self._scheduler.running, *self._scheduler.waiting)}
-        assert known == {id(seq) for seq in self._live.values()}, "live requests and the scheduler's disagree"
-        streams = [stream for seq in self._live.values() for stream in seq.streams]
+        there = [*self._live.values(), *(seq for flight in self._flights for seq in flight.leaving)]
+        assert known == {id(seq) for seq in there}, "live requests and the scheduler's disagree"
+        streams = [stream for seq in there for stream in seq.streams]
         for model in self._lanes:
             model.adapters.check_integrity()
             holds = Counter(parent for seq in streams if seq.lane == model.lane for parent in seq.parents)

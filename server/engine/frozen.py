@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
+import torch
+
 from weft.adapters.errors import AdapterError
 from weft.adapters.forms import CompiledAdapter
 from weft.adapters.quantized import count_parameters
@@ -144,13 +146,17 @@ class FrozenModel:
                 seq.activation, seq.active_root = activation, root
         return seq
 
-    def forward(self, rows: list[Row], prompts: PromptPages) -> Pass | None:
-        """One forward pass over the rows, if there are any."""
+    def forward(self, rows: list[Row], prompts: PromptPages, sampled: torch.Tensor | None) -> Pass | None:
+        """Launch one forward pass over the rows, if there are any.
+
+        Args:
+            sampled: the tokens of the step under way, as in ``to_ids``.
+        """
         for blocks, prefix in prompts.take_unwritten():
             self.runner.write_prefix(blocks, prefix)
         if not rows:
             return None
-        batch = Batch.build(rows, self.info.block_size, self.runner.device)
+        batch = Batch.build(rows, self.info.block_size, self.runner.device, sampled)
         if self.graphs is not None and self.graphs.serves(batch):
             return Pass(batch, self.graphs.forward(batch))
         return Pass(batch, self.runner.forward(batch))

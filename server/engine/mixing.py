@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from weft.kernels.groups import to_device
 from weft.kernels.logit_mix import MixTerms, logit_mix
 from weft.server.engine.batch import Batch, Wanted
 from weft.server.engine.sequence import Mix, Sequence
@@ -200,7 +202,7 @@ def _weigh(
     out = like.new_zeros(len(places), vocab)
     widths = [_mix(place.leader).width for place in places]
     if min(widths) < vocab:
-        beyond = torch.arange(vocab, device=like.device) >= torch.tensor(widths, device=like.device).unsqueeze(1)
+        beyond = torch.arange(vocab, device=like.device) >= _index(widths, like).unsqueeze(1)
         out.masked_fill_(beyond, -torch.inf)
     for index, logits in enumerate(sources):
         terms = [
@@ -227,7 +229,7 @@ def _keep_nuclei(
     for row, place in zip(own, chosen, strict=True):
         params = place.leader.request.params
         if ends is not None and place.leader.output_len < params.min_tokens:
-            row[_index([*ends, *params.stop_token_ids], row)] = -torch.inf
+            row.index_fill_(0, _index([*ends, *params.stop_token_ids], row), -torch.inf)
     outside = ~nucleus(own, [_mix(place.leader).top_p or 1.0 for place in chosen])
     index = _index(at, mixed)
     mixed[index] = mixed[index].masked_fill(outside, -torch.inf)
@@ -240,7 +242,7 @@ def nucleus(logits: torch.Tensor, top_p: SequenceOf[float]) -> torch.Tensor:
     """
     probs, order = logits.double().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     before = probs.cumsum(dim=-1) - probs
-    limit = torch.tensor(top_p, dtype=torch.float64, device=logits.device).unsqueeze(1)
+    limit = to_device(np.array(top_p, dtype=np.float64), logits.device).unsqueeze(1)
     keep = before <= limit
     return torch.zeros_like(keep).scatter_(-1, order, keep)
 
@@ -261,4 +263,4 @@ def _mix(leader: Sequence) -> Mix:
 
 
 def _index(rows: Iterable[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(list(rows), dtype=torch.long, device=like.device)
+    return to_device(np.array(list(rows), dtype=np.int64), like.device)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from weft.adapters.forms import PrefixKV
 from weft.adapters.overlap import Overlap
 from weft.adapters.site import ActiveRows
+from weft.kernels.groups import to_device
 from weft.kernels.paged_attention import paged_attention
 from weft.kernels.paged_attention.backends import Attend
 from weft.server.engine.attention import AttentionContext
@@ -86,12 +88,12 @@ class ModelRunner:
 
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         if copies:
-            source, target = torch.tensor(copies, device=self.device).T
+            source, target = to_device(np.array(copies), self.device).T
             for cache in (*self.cache.keys, *self.cache.values, *self.side.tensors()):
                 cache.index_copy_(0, target, cache.index_select(0, source))
 
     def scrub(self, blocks: list[int]) -> None:
         """Zero pages, so that what is not a number in them cannot reach whoever gets them next."""
-        index = torch.tensor(blocks, device=self.device)
+        index = to_device(np.array(blocks, dtype=np.int64), self.device)
         for cache in (*self.cache.keys, *self.cache.values, *self.side.tensors()):
             cache.index_fill_(0, index, 0)

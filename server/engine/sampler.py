@@ -1,14 +1,21 @@
-"""Chooses tokens from logits. Every row by its own parameters; no row's choice depends on another row."""
+"""Chooses tokens from logits. Every row by its own parameters; no row's choice depends on another row.
+
+All of it is launched on the device without waiting for it. What depends on the output so far depends on its length,
+which the host knows, or on its tokens, of which the newest may be pending.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
-from weft.server.engine.mixing import Pass, prompt_scores
+from weft.kernels.groups import to_device
+from weft.server.engine.logprobs import Report
+from weft.server.engine.pending import to_ids
 from weft.server.engine.request import SamplingParams, TokenLogprobs
 from weft.server.engine.sequence import Sequence
 
@@ -21,13 +28,48 @@ class Sample:
     """The next token of one sequence.
 
     Attributes:
+        index: which token of the output it is, from 0 on.
         token: None when the logits are not numbers.
         logprobs: if asked for.
     """
 
     seq: Sequence
+    index: int
     token: int | None
     logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The next tokens of sequences, on the device.
+
+    Attributes:
+        indices: which token of its output each is.
+        tokens: int64 ``[len(seqs)]``; 0, which every model knows, where the logits are not numbers.
+        peaks: ``[len(seqs)]``, finite where they are.
+        asked: places of the sequences that ask for log-probabilities. report: theirs; None where nobody asks.
+    """
+
+    seqs: list[Sequence]
+    indices: list[int]
+    tokens: torch.Tensor
+    peaks: torch.Tensor
+    asked: list[int]
+    report: Report | None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What must come to the host."""
+        packed = torch.stack([self.tokens.double(), self.peaks.double()])
+        return [packed] if self.report is None else [packed, self.report.values]
+
+    def samples(self, values: list[Any]) -> list[Sample]:
+        """``tensors`` on the host as one sample for each sequence."""
+        tokens, peaks = values[0]
+        reports = dict(zip(self.asked, self.report.read(values[1]), strict=True)) if self.report is not None else {}
+        return [
+            Sample(seq, index, int(token) if math.isfinite(peak) else None, reports.get(place))
+            for place, (seq, index, token, peak) in enumerate(zip(self.seqs, self.indices, tokens, peaks, strict=True))
+        ]
 
 
 class Sampler:
@@ -38,27 +80,33 @@ class Sampler:
         self._eos = eos_token_ids
 
     @torch.inference_mode()
-    def sample(self, rows: torch.Tensor, seqs: list[Sequence], peaks: torch.Tensor | None = None) -> list[Sample]:
+    def choose(
+        self,
+        rows: torch.Tensor,
+        seqs: list[Sequence],
+        peaks: torch.Tensor | None = None,
+        sampled: torch.Tensor | None = None,
+    ) -> Chosen:
         """The next token of every sequence.
 
         Args:
             rows: float32 logits ``[len(seqs), vocab]``.
             peaks: ``[len(seqs)]``, not finite where what the logits were made of is no number; None: they tell.
+            sampled: the tokens of the step under way, as in ``to_ids``.
         """
-        adjusted = self._adjust(rows, seqs)
-        tokens = _choose(adjusted, seqs)
-        # One transfer for the whole batch: the tokens, and whether their logits were numbers.
         best = rows.amax(dim=-1)
         if peaks is not None:
             best = best + peaks
-        packed = torch.stack([tokens.double(), best.double()]).tolist()
-        reports = _logprobs(rows, seqs, tokens)
-        return [
-            Sample(seq, int(token) if math.isfinite(peak) else None, report)
-            for seq, token, peak, report in zip(seqs, *packed, reports, strict=True)
-        ]
+        # Another step may run with these tokens before the host can see that they are none.
+        tokens = _choose(self._adjust(rows, seqs, sampled), seqs).masked_fill_(~best.isfinite(), 0)
+        asked = [i for i, seq in enumerate(seqs) if seq.request.params.logprobs is not None]
+        report = None
+        if asked:
+            index = to_device(np.array(asked), rows.device)
+            report = Report.build(rows[index], tokens[index], [seqs[i].request.params.logprobs or 0 for i in asked])
+        return Chosen(seqs, [seq.output_len for seq in seqs], tokens, best, asked, report)
 
-    def _adjust(self, logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
+    def _adjust(self, logits: torch.Tensor, seqs: list[Sequence], sampled: torch.Tensor | None = None) -> torch.Tensor:
         """Bias, minimum length and penalties; a copy if anything changes."""
         changes = [i for i, seq in enumerate(seqs) if self._changes(seq)]
         if not changes:
@@ -68,12 +116,12 @@ class Sampler:
             seq, row = seqs[i], logits[i]
             params = seq.request.params
             if params.logit_bias:
-                ids = torch.tensor(list(params.logit_bias), device=row.device)
-                row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device)
+                bias = np.array(list(params.logit_bias.values()), dtype=np.float32)
+                row[to_ids(params.logit_bias, None, row.device)] += to_device(bias, row.device)
             if seq.output_len < params.min_tokens:
                 ends = [*self._eos, *params.stop_token_ids]
-                row[torch.tensor(ends, dtype=torch.long, device=row.device)] = -math.inf
-            _penalize(row, seq)
+                row.index_fill_(0, to_ids(ends, None, row.device), -math.inf)
+            _penalize(row, seq, sampled)
         return logits
 
     def _changes(self, seq: Sequence) -> bool:
@@ -94,17 +142,21 @@ def _has_penalties(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
-def _penalize(row: torch.Tensor, seq: Sequence) -> None:
-    """Repetition over prompt and output (Keskar et al., 2019); presence and frequency over the output (OpenAI)."""
+def _penalize(row: torch.Tensor, seq: Sequence, sampled: torch.Tensor | None) -> None:
+    """Repetition over prompt and output (Keskar et al., 2019); presence and frequency over the output (OpenAI).
+
+    A token may be there twice, and is written twice with the same value then.
+    """
     params = seq.request.params
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(seq.tokens)), device=row.device)
+        seen = to_ids(sorted(set(seq.tokens)), sampled, row.device)
         scores = row[seen]
         row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
     output = seq.tokens[seq.prompt_len :]
     if output and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.tensor(output, device=row.device).unique(return_counts=True)
-        row[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        ids = to_ids(output, sampled, row.device)
+        counts = torch.zeros_like(row, dtype=torch.int64).index_add_(0, ids, torch.ones_like(ids))
+        row[ids] -= params.presence_penalty + params.frequency_penalty * counts[ids]
 
 
 def _choose(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
@@ -117,7 +169,7 @@ def _choose(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
         ([i for i in drawn if _truncates(seqs[i].request.params)], _draw_truncated),
     ):
         if rows:
-            index = torch.tensor(rows, device=logits.device)
+            index = to_device(np.array(rows), logits.device)
             tokens[index] = draw(logits[index], [seqs[i] for i in rows])
     return tokens
 
@@ -145,7 +197,7 @@ def _truncates(params: SamplingParams) -> bool:
 
 
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device).unsqueeze(1)
+    return to_device(np.array(values, dtype=np.float64), like.device).unsqueeze(1)
 
 
 def _probabilities(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
@@ -179,46 +231,3 @@ def _draw_truncated(logits: torch.Tensor, seqs: list[Sequence]) -> torch.Tensor:
     keep &= kept.cumsum(dim=-1) - kept < _column([p.top_p for p in params], logits)
     index = _invert((kept * keep).cumsum(dim=-1), seqs)
     return order.gather(1, index.unsqueeze(1)).squeeze(1)
-
-
-def _logprobs(logits: torch.Tensor, seqs: list[Sequence], tokens: torch.Tensor) -> list[TokenLogprobs | None]:
-    """Of the model's own distribution, for the rows that ask."""
-    reports: list[TokenLogprobs | None] = [None] * len(seqs)
-    asked = [i for i, seq in enumerate(seqs) if seq.request.params.logprobs is not None]
-    if asked:
-        index = torch.tensor(asked, device=logits.device)
-        counts = [seqs[i].request.params.logprobs or 0 for i in asked]
-        for i, report in zip(asked, _report(logits[index], tokens[index], counts), strict=True):
-            reports[i] = report
-    return reports
-
-
-def _report(logits: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> list[TokenLogprobs]:
-    """Log-probability and rank of ``tokens`` ``[rows]`` and the ``counts`` most likely ones of each row."""
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, tokens.unsqueeze(1))
-    ranks = (logprobs > chosen).sum(dim=-1) + 1
-    values, ids = logprobs.topk(min(max(counts), logprobs.shape[1]), dim=-1)
-    table = zip(
-        tokens.tolist(), chosen.squeeze(1).tolist(), ranks.tolist(), ids.tolist(), values.tolist(), counts, strict=True
-    )
-    return [
-        TokenLogprobs(token, logprob, rank, _possible(top_ids[:count], top[:count]))
-        for token, logprob, rank, top_ids, top, count in table
-    ]
-
-
-def _possible(ids: list[int], logprobs: list[float]) -> list[tuple[int, float]]:
-    """What cannot come at all is not among the most likely tokens."""
-    return [(token, logprob) for token, logprob in zip(ids, logprobs, strict=True) if logprob > -math.inf]
-
-
-@torch.inference_mode()
-def fill_prompt_logprobs(passes: SequenceOf[Pass | None], vocab: int) -> None:
-    """Give sequences that ask for it the log-probabilities of those of their prompt's tokens that a step is about."""
-    for scores in prompt_scores(passes, vocab):
-        seq, count = scores.seq, len(scores.logits)
-        assert seq.prompt_logprobs is not None, "asked for"
-        tokens = torch.tensor(seq.tokens[scores.start : scores.start + count], device=scores.logits.device)
-        top = seq.request.params.prompt_logprobs or 0
-        seq.prompt_logprobs[scores.start : scores.start + count] = _report(scores.logits, tokens, [top] * count)

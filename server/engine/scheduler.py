@@ -110,10 +110,12 @@ class Scheduler:
         reserved in the next step, in which decoding rows may have to pause; never in two steps in a row.
         """
         held, self._held = self._held, None
+        if held is not None and held.final:
+            held = None
         reserved = [_reserved(held, index) if held else 0 for index in range(len(self.lanes))]
         budget = [self.config.max_num_batched_tokens - tokens for tokens in reserved]
         preemptions = self.preemptions
-        parts = [part for seq in self.running if seq is not held for part in seq.parts]
+        parts = [part for seq in self.running if seq is not held and not seq.final for part in seq.parts]
         rows = self._extend([part for part in parts if part[0].remaining == 1], budget)
         if held in self.running:
             budget, reserved = _added(budget, reserved), [0] * len(self.lanes)
@@ -124,13 +126,24 @@ class Scheduler:
         rows = [row for row in rows if row.seq.blocks]
         if held is None:
             ran = {row.seq for row in rows}
-            self._held = next((seq for seq in self.running if seq.abreast and seq not in ran), None)
+            self._held = next((seq for seq in self.running if seq.abreast and seq not in ran and not seq.final), None)
         if self.preemptions == preemptions:  # pages are short otherwise, and admitting would preempt again
             rows += self._admit(_added(budget, reserved), held)
         for row in rows:
             if row.seq.embeddings is None:
                 self.waiting.charge(row.seq.owner.name, row.stop - row.start)
         return rows
+
+    @property
+    def roomy(self) -> bool:
+        """Whether there are pages for the next step of all running rows, so that ``schedule`` preempts none."""
+        lanes = [(index, lane.rows, lane.blocks.num_free) for index, lane in enumerate(self.lanes)]
+        return all(rows <= free or self._lacking(index) <= free for index, rows, free in lanes)
+
+    def _lacking(self, lane: int) -> int:
+        """Pages that a lane's running rows lack: one for its newest token at most, as the rest came with admission."""
+        streams = (stream for seq in self.running if not seq.final for stream in seq.streams if stream.lane == lane)
+        return sum(stream.pages(self.config.block_size, len(stream.tokens)) > len(stream.blocks) for stream in streams)
 
     def _extend(self, parts: Iterable[list[Sequence]], budget: list[int]) -> list[Row]:
         """Rows for running sequences, oldest first, preempting the youngest when pages run out.
@@ -312,21 +325,29 @@ class Scheduler:
         return True
 
     def computed(self, row: Row) -> None:
-        """The row's keys and values are in its pages now: full pages become findable."""
+        """The row's step was launched: for all steps after it, the row's keys and values are in its pages."""
         seq, lane = row.seq, self.lanes[row.seq.lane]
         seq.computed = row.stop
         seq.copy = None
         if seq.embeddings is not None:
             lane.prompts.computed(seq, row.stop - row.start)
-        elif self.config.enable_prefix_caching and not seq.whole_prompt:
-            keys = seq.full_block_keys(self.config.block_size, seq.computed)
-            shared = seq.offset // self.config.block_size
-            for index in range(seq.published, len(keys)):
-                lane.blocks.publish(seq.blocks[shared + index], keys[index])
-            seq.published = max(seq.published, len(keys))
+        else:
+            self.publish(seq)
+
+    def publish(self, seq: Sequence) -> None:
+        """Let pages be found that are full of known tokens."""
+        if not self.config.enable_prefix_caching or seq.whole_prompt:
+            return
+        lane = self.lanes[seq.lane]
+        keys = seq.full_block_keys(self.config.block_size, min(seq.computed, seq.known))
+        shared = seq.offset // self.config.block_size
+        for index in range(seq.published, len(keys)):
+            lane.blocks.publish(seq.blocks[shared + index], keys[index])
+        seq.published = max(seq.published, len(keys))
 
     def preempt(self, seq: Sequence) -> None:
         """Take the pages of a running request; it waits to be recomputed, in front of its queue."""
+        assert not seq.final and seq.known == len(seq.tokens), "a request of a step under way keeps its pages"
         self.preemptions += 1
         self._vacate(seq)
         self.waiting.push(seq)

@@ -10,6 +10,7 @@ import torch
 
 from weft.adapters.forms import Prompt
 from weft.server.engine.blocks import activated_key, block_key
+from weft.server.engine.pending import is_pending
 from weft.server.engine.request import COMPOSED, EngineRequest, TokenLogprobs
 
 
@@ -43,7 +44,8 @@ class Sequence:
         adapter: identity of what it runs with: the request's adapter, a variant of it or a composition; None: the base.
         parents: the registered adapters which that is made of.
         activation: the first token that the adapter works on.
-        tokens: prompt and output so far.
+        tokens: prompt and output so far. The last may be placeholders of tokens that are under way (``pending``): one,
+            or two while a step is launched before the one in front of it has landed.
         computed: leading tokens whose keys and values are in the pages.
         blocks: pages in order; they hold at least ``computed`` tokens.
         keys: content keys of the leading full blocks of ``tokens``, as far as they were needed.
@@ -56,6 +58,7 @@ class Sequence:
         copy: page whose head is the tail of that prompt, and the sequence's own page to copy it to before it runs.
         embeddings: ``[len(tokens), hidden]`` of virtual tokens, in place of what the token ids stand for.
         max_len: tokens of prompt and output at most.
+        final: of a leader: no step must compute any more of it. It ended, or its last token is under way.
         whole_prompt: its prompt is computed in one pass, because its adapter's gates are means over it.
         seed: of its random numbers.
         prompt_logprobs: filled as the prompt is computed, if asked for; None again once they were handed over. With
@@ -72,6 +75,7 @@ class Sequence:
     max_len: int
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
+    final: bool = False
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     published: int = 0
@@ -134,7 +138,7 @@ class Sequence:
         Prompts that log-probabilities are asked of do, so that the logits that make up one distribution are never
         there in different steps: to keep them would take a vocabulary for each token.
         """
-        return self.streams if self.mix is not None and self.prompt_logprobs is not None else []
+        return self.streams if self.mix is not None and self.scored else []
 
     @property
     def parts(self) -> list[list[Sequence]]:
@@ -144,8 +148,9 @@ class Sequence:
 
     @property
     def scored(self) -> bool:
-        """The logits of its whole prompt are wanted."""
-        return self.owner.prompt_logprobs is not None
+        """The logits of its whole prompt are wanted; not any more once its first token is under way."""
+        owner = self.owner
+        return owner.prompt_logprobs is not None and owner.output_len == 0
 
     @property
     def uncut(self) -> bool:
@@ -159,6 +164,11 @@ class Sequence:
     @property
     def output_len(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def known(self) -> int:
+        """Leading tokens that are no placeholders."""
+        return len(self.tokens) - sum(map(is_pending, self.tokens[-2:]))
 
     @property
     def offset(self) -> int:
@@ -198,7 +208,7 @@ class Sequence:
         return -(-(self.offset + tokens) // block_size)
 
     def full_block_keys(self, block_size: int, tokens: int) -> list[bytes]:
-        """Keys of the full pages that hold some of the first ``tokens`` tokens.
+        """Keys of the full pages that hold some of the first ``tokens`` tokens, which are known.
 
         A page that begins with the adapter's prompt is told apart by the root, which the adapter's version is part of.
         Pages that end before an activation are the base's; the others depend on where it is.

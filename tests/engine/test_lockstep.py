@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from weft.adapters.forms import SoftPrompt
 from weft.server.config import EngineConfig
 from weft.server.engine.blocks import BlockPool, root_key
+from weft.server.engine.pending import placeholder
 from weft.server.engine.request import EngineRequest, SamplingParams
 from weft.server.engine.scheduler import Row, Scheduler
 from weft.server.engine.sequence import Mix, Sequence
@@ -76,6 +77,7 @@ def _prompt(version: str | None) -> SoftPrompt | None:
 class Plan:
     """A request: (lane, adapter, prompt's length) of each stream, its output, when it arrives and is aborted.
 
+    ``stop``: the token of its output after which it turns out to have ended.
     ``scored``: log-probabilities of its prompt are asked for, which then is as long in all streams.
     """
 
@@ -83,6 +85,7 @@ class Plan:
     output: int
     arrival: int
     abort: int | None
+    stop: int | None
     scored: bool
 
     @property
@@ -114,16 +117,37 @@ def streams_of() -> st.SearchStrategy[tuple[tuple[int, str | None, int], ...]]:
 
 plans = st.lists(
     st.builds(
-        Plan, streams_of(), st.integers(1, 12), st.integers(0, 30), st.none() | st.integers(0, 60), st.booleans()
+        Plan,
+        streams_of(),
+        st.integers(1, 12),
+        st.integers(0, 30),
+        st.none() | st.integers(0, 60),
+        st.none() | st.integers(1, 12),
+        st.booleans(),
     ),
     max_size=12,
 )
 
 
-class Bench:
-    """A scheduler, and what the engine does with its steps: who has arrived waits for its partners."""
+@dataclass
+class Flight:
+    """A step under way: who has rows in it, who gets a token, and who ended since it was launched."""
 
-    def __init__(self, pages: list[int], slots: int, **config: Any) -> None:
+    leaders: set[Sequence]
+    sampled: list[Sequence] = field(default_factory=list)
+    leaving: list[Sequence] = field(default_factory=list)
+
+
+class Bench:
+    """A scheduler, and what the engine does with its steps: who has arrived waits for its partners.
+
+    ``ahead``: a step is launched before the tokens of the one before it are known.
+    """
+
+    def __init__(self, pages: list[int], slots: int, ahead: bool, **config: Any) -> None:
+        self.ahead = ahead
+        self.flights: list[Flight] = []
+        self.stops: dict[Sequence, int | None] = {}
         self.slots = [FewSlots(slots) for _ in range(LANES)]
         settings_ = EngineConfig("none", block_size=SIZE, **config)
         pools = zip((BlockPool(count) for count in pages), self.slots, strict=True)
@@ -146,15 +170,38 @@ class Bench:
             leader.mix = Mix(10, None)
         self.scheduler.add(leader)
         self.live.append(leader)
+        self.stops[leader] = plan.stop
         return leader
 
     def end(self, leader: Sequence) -> None:
-        self.scheduler.finish(leader)
         self.live.remove(leader)
+        leader.final = True
+        flight = next((flight for flight in self.flights if leader in flight.leaders), None)
+        if flight is None:
+            self.scheduler.finish(leader)
+        else:
+            flight.leaving.append(leader)
+
+    def land(self) -> None:
+        """The tokens of the oldest step under way are known."""
+        flight = self.flights.pop(0)
+        for leader in flight.sampled:
+            if leader in self.live:
+                leader.prompt_logprobs = None
+                for seq in leader.streams:
+                    seq.tokens[seq.known] = 9
+                    self.scheduler.publish(seq)
+                output = leader.known - leader.prompt_len
+                if leader.known == leader.max_len or output == self.stops[leader]:
+                    self.end(leader)
+        for leader in flight.leaving:
+            self.scheduler.finish(leader)
 
     def step(self) -> None:
         for slots in self.slots:
             slots.poll()
+        if self.flights and not self.scheduler.roomy:
+            self.land()
         rows = self.scheduler.schedule()
         budget, limit = self.scheduler.config.max_num_batched_tokens, self.scheduler.config.max_num_seqs
         for index, lane in enumerate(self.scheduler.lanes):
@@ -171,14 +218,17 @@ class Bench:
             self.scheduler.computed(row)
         for seq in arrived:
             seq.logits = torch.zeros(1)
+        flight = Flight({row.seq.owner for row in rows})
         for leader in dict.fromkeys(seq.owner for seq in arrived):
             if all(seq.logits is not None for seq in leader.streams):
-                leader.prompt_logprobs = None
+                flight.sampled.append(leader)
                 for seq in leader.streams:
-                    seq.tokens.append(9)
+                    seq.tokens.append(placeholder(0))
                     seq.logits = None
-                if len(leader.tokens) == leader.max_len:
-                    self.end(leader)
+                leader.final = len(leader.tokens) == leader.max_len
+        self.flights += [flight] if rows else []
+        while len(self.flights) > bool(rows and self.ahead):
+            self.land()
         self.scheduler.check_integrity(*(lambda version, s=s: s.pins.get(version, 0) for s in self.slots))
 
 
@@ -197,16 +247,17 @@ def _written(row: Row) -> list[int]:
     tokens=st.integers(1, 40),
     rows=st.integers(1, 8),
     caching=st.booleans(),
+    ahead=st.booleans(),
 )
 @settings(deadline=None, max_examples=150)
 def test_every_request_ends_and_nothing_is_left(
-    asked: list[Plan], pages: list[int], slots: int, tokens: int, rows: int, caching: bool
+    asked: list[Plan], pages: list[int], slots: int, tokens: int, rows: int, caching: bool, ahead: bool
 ) -> None:
-    bench = Bench(pages, slots, max_num_batched_tokens=tokens, max_num_seqs=rows, enable_prefix_caching=caching)
+    bench = Bench(pages, slots, ahead, max_num_batched_tokens=tokens, max_num_seqs=rows, enable_prefix_caching=caching)
     left = [plan for plan in asked if plan.fits(pages, slots, rows, tokens)]
     leaders: list[tuple[Plan, Sequence]] = []
     step = 0
-    while left or bench.live:
+    while left or bench.live or bench.flights:
         for plan in [plan for plan in left if plan.arrival <= step]:
             left.remove(plan)
             leaders.append((plan, bench.add(plan, str(len(leaders)))))
@@ -217,8 +268,9 @@ def test_every_request_ends_and_nothing_is_left(
         step += 1
         assert step < 5000, "somebody waits for ever"
     for plan, leader in leaders:
-        done = {seq.output_len for seq in leader.streams}
-        assert len(done) == 1 and (plan.abort is not None or done == {plan.output}), "streams are not in step"
+        done = {seq.known - seq.prompt_len for seq in leader.streams}
+        wanted = min(plan.output, plan.stop or plan.output)
+        assert len(done) == 1 and (plan.abort is not None or done == {wanted}), "streams are not in step"
     for index, lane in enumerate(bench.scheduler.lanes):
         held = sum(map(len, lane.prompts.held))
         assert lane.blocks.num_free == lane.blocks.num_blocks - held and not any(bench.slots[index].pins.values())

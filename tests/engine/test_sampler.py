@@ -29,7 +29,8 @@ def sequence(prompt: list[int] | None = None, output: list[int] | None = None, *
 
 
 def sample(logits: torch.Tensor, seqs: list[Sequence]) -> list[Sample]:
-    return Sampler((EOS,)).sample(logits, seqs)
+    chosen = Sampler((EOS,)).choose(logits, seqs)
+    return chosen.samples([tensor.tolist() for tensor in chosen.tensors()])
 
 
 def draw(logits: torch.Tensor, count: int, **params: Any) -> torch.Tensor:
