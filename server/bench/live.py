@@ -15,8 +15,9 @@ from weft.server.bench.measure import StepAdapters, Trace, clock
 from weft.server.bench.workload import Arrival
 
 CONNECT_TIMEOUT = 10.0
-POLL_SECONDS = 0.25
-"""Between two looks at the server's metrics. The engine renews them every 0.1 s at most."""
+FIRST_LOOK, LAST_LOOK = 0.25, 4.0
+"""Seconds until the first look at the server's metrics, and between two of the last ones; each pause is twice the last.
+With many adapters a look takes the server some tens of milliseconds, in which its streams have half of its time."""
 STEP_ADAPTERS = re.compile(r"^weft_step_adapters (\S+)$", re.MULTILINE)
 
 
@@ -79,9 +80,11 @@ class LiveTarget:
         seen: list[float] = []
 
         async def look() -> None:
+            pause = FIRST_LOOK
             with suppress(httpx.HTTPError):
                 while True:
-                    await asyncio.sleep(POLL_SECONDS)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, LAST_LOOK)
                     reply = await client.get(f"{self.url}/metrics")
                     seen.extend(float(value) for value in STEP_ADAPTERS.findall(reply.text))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import version
 from typing import Any
 
@@ -61,7 +62,8 @@ async def show_version() -> Response:
 
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
-    content, content_type = server_state(request).metrics.render(request.headers.get("accept", ""))
+    rendered = server_state(request).metrics.renderer(request.headers.get("accept", ""))
+    content, content_type = await asyncio.to_thread(rendered)
     return Response(content, headers={"Content-Type": content_type})
 
 

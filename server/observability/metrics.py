@@ -7,10 +7,11 @@ served have any, so their number is bounded by the adapters, whatever clients se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from weft.server.engine.request import COMPOSED
 from weft.server.observability.engine_metrics import AdapterView, EngineCollector, EngineView
@@ -25,13 +26,25 @@ WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 
+class _Families(Collector):
+    """Families that were collected already, and those of a registry, whose values have locks of their own."""
+
+    def __init__(self, collected: Sequence[Metric], registry: CollectorRegistry) -> None:
+        self._collected = collected
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._collected
+        yield from self._registry.collect()
+
+
 class Metrics:
     """All metrics of one server."""
 
     def __init__(self, client: EngineView, adapters: AdapterView) -> None:
         self._adapters = adapters
+        self._engine = EngineCollector(client, adapters)
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(client, adapters))
         self._requests = Counter(
             "weft_requests", "Requests that ended.", ("adapter", "finish_reason"), registry=self._registry
         )
@@ -85,10 +98,15 @@ class Metrics:
         ):  # fmt: skip
             metric.remove_by_labels({"adapter": adapter})
 
-    def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The exposition and its content type, in the format an ``Accept`` header asks for."""
+    def renderer(self, accept: str = "") -> Callable[[], tuple[bytes, str]]:
+        """What makes the exposition and its content type, in the format an ``Accept`` header asks for.
+
+        With hundreds of adapters that takes long enough to hold up streams, so it may be called in another thread. What
+        the event loop changes is read here, at once.
+        """
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        families = _Families([*self._engine.collect()], self._registry)
+        return lambda: (encode(families), content_type)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(f"weft_{name}", text, ("adapter",), buckets=buckets, registry=self._registry)

@@ -80,7 +80,7 @@ class Server:
 
     def scrape(self) -> dict[tuple[str, ...], float]:
         """(name, label values in the order of the labels' names) -> value."""
-        body, content_type = self.metrics.render()
+        body, content_type = self.metrics.renderer()()
         assert content_type.startswith("text/plain")
         return {
             (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
@@ -178,7 +178,7 @@ def test_routers_find_one_lora_series_with_the_time(server: Server) -> None:
     series = {key: value for key, value in server.scrape().items() if key[0] == "vllm:lora_requests_info"}
     assert list(series) == [("vllm:lora_requests_info", "8", "a,b,d", "a,c")]
     assert abs(next(iter(series.values())) - time.time()) < 5
-    body = server.metrics.render()[0].decode()
+    body = server.metrics.renderer()()[0].decode()
     assert 'vllm:lora_requests_info{max_lora="8",running_lora_adapters="a,b,d",waiting_lora_adapters="a,c"} ' in body
 
 
@@ -258,5 +258,5 @@ def test_names_are_escaped(server: Server) -> None:
 
 def test_openmetrics_on_request(server: Server) -> None:
     server.engine.start()
-    body, content_type = server.metrics.render("application/openmetrics-text; version=1.0.0")
+    body, content_type = server.metrics.renderer("application/openmetrics-text; version=1.0.0")()
     assert content_type.startswith("application/openmetrics-text") and body.endswith(b"# EOF\n")

@@ -51,7 +51,7 @@ async def test_adapters_outlive_the_engine_and_are_freed(tmp_path: Path) -> None
         assert await asyncio.gather(*map(generate, IDS)) == before
 
         await client.refresh_stats()
-        exposition = metrics.render()[0].decode()
+        exposition = metrics.renderer()()[0].decode()
         assert 'weft_generation_tokens_total{adapter="a"} 40.0' in exposition
         await asyncio.gather(*map(registry.unload, IDS))
         await until(lambda: not client.stats.tiers)
